@@ -13,7 +13,7 @@ import pytest
 
 from kadr import Request, Windows
 from kadr.errors import MediaError, RequestError
-from kadr.media.image import prepare_image
+from kadr.media.prepare import prepare_image
 from kadr.media.writer import VideoWriter
 from kadr.request.inputs import Condition, Control
 from kadr.sampling.settings import Guidance, Pass

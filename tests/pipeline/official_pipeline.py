@@ -28,7 +28,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from kadr.media.image import crop_to_aspect, load_image, prepare_image
+from kadr.media.image import crop_to_aspect, load_image
+from kadr.media.prepare import prepare_image
 from kadr.pipeline.stages.prepared_frames import OpenedMedia
 from kadr.request.request import Request
 from kadr.request.resolved_conditions import ResolvedCondition, resolve_conditions

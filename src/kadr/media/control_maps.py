@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from kadr.errors import RequestError
-from kadr.media.image import ImageInput, crop_to_aspect, load_image
+from kadr.media.image import ImageInput, Notify, crop_to_aspect, load_image
 from kadr.shapes import Size
 
 CANNY_LOW, CANNY_HIGH = 100, 200  # Canny's thresholds, of the trainer
@@ -38,7 +38,14 @@ def canny_edges(image: np.ndarray) -> np.ndarray:
     return np.repeat(edges[..., None], 3, axis=2)
 
 
-def fit_to_reference(image: ImageInput, size: Size, reference_size: Size, *, name: str = "the control") -> np.ndarray:
+def fit_to_reference(
+    image: ImageInput,
+    size: Size,
+    reference_size: Size,
+    *,
+    name: str = "the control",
+    notify: Notify | None = None,
+) -> np.ndarray:
     """Fits a control frame to the size of a reference: its largest centred crop with the aspect of the video.
 
     The padding that the video is made with is filled with the outermost pixels: black padding would show an edge.
@@ -47,6 +54,7 @@ def fit_to_reference(image: ImageInput, size: Size, reference_size: Size, *, nam
         size: of the video, as requested.
         reference_size: of the reference; it covers `size` and its padding.
         name: of the image in messages.
+        notify: see `load_image`.
 
     Returns:
         uint8 (reference_size.height, reference_size.width, 3). An image that has this size already stays as it is.
@@ -54,7 +62,7 @@ def fit_to_reference(image: ImageInput, size: Size, reference_size: Size, *, nam
     Raises:
         MediaError: the image cannot be read, or is too small.
     """
-    cropped = crop_to_aspect(load_image(image), size, name=name)
+    cropped = crop_to_aspect(load_image(image, notify), size, name=name)
     across, down = cropped.width / size.width, cropped.height / size.height  # image pixels per pixel of the video
     left, right, top, bottom = (
         margin * scale for margin, scale in zip(size.padding(), (across, across, down, down), strict=True)

@@ -1,113 +1,82 @@
-"""Prepares a conditioning image: crop, blur, compress, pad.
+"""Opens images: upright, in RGB with 8 bits per channel, and cropped to an aspect.
 
-The model was trained on frames of compressed videos, so a crisp photograph makes it stand still. The official package
-therefore blurs every conditioning image and passes it through H.264 first; without this, image-to-video barely moves.
-Every number here follows `load_image_to_tensor_with_resize_and_crop`, `calculate_padding` and `crf_compressor` of the
-official package ltx_video 0.1.2, operation by operation: the truncation before H.264 turns a last-bit difference into a
-whole grey level.
+`media.prepare` then prepares them for the VAE encoder. A large photograph is held once, in Pillow's 4 bytes per pixel.
 """
 
 from __future__ import annotations
 
-import io
+import importlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kadr.errors import MediaError
-from kadr.media.writer import MAX_CRF
-from kadr.regular_file import require_regular
+from kadr.regular_file import open_regular
 from kadr.shapes import Size
-from kadr.validation import is_whole_number
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
+Notify: TypeAlias = "Callable[[str], None]"  # called with a sentence about what kadr changes in an image
 
-DEFAULT_IMAGE_CRF = 29
+# A larger image is reduced before it is used: by 2, or, above 100 megapixels, by 4 in width and height. Pillow opens no
+# more than 179 megapixels. Both are factors by which a JPEG is reduced while it is decoded.
+MAX_FULL_PIXELS, MAX_HALVED_PIXELS = 50_000_000, 100_000_000
+BACKGROUND = "white"  # behind transparent pixels, as programs that show images on a page have it
 
 # Listed because Pillow would otherwise also try formats that start other programs, such as EPS.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-_SUPPORTED_IMAGES = "Supported: PNG, JPEG, WebP, BMP, TIFF, GIF and PPM with 8 bits per channel."
-_HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM")
+_SUPPORTED_IMAGES = "Supported: PNG, JPEG, HEIC, WebP, AVIF, BMP, TIFF, GIF and PPM."
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_16_BIT_FORMATS = ("PNG", "PPM")  # whose pixels Pillow also opens in mode "I", with 32 bits
 _ORIENTATION_TAG, _FIRST_SIDEWAYS = 0x0112, 5  # of EXIF: orientations from 5 on exchange width and height
 # Raised by Pillow's readers on damaged files; most are meant for their own dispatch and leak through.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
+_READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, struct.error)
 
 
-def prepare_image(
-    image: ImageInput,
-    size: Size,
-    crf: int = DEFAULT_IMAGE_CRF,
-    sampled_size: Size | None = None,
-    *,
-    resize: bool = False,
-) -> torch.Tensor:
-    """Prepares an image for the VAE encoder.
+def load_image(image: ImageInput, notify: Notify | None = None) -> Image.Image:
+    """Opens an image as RGB, upright by its EXIF orientation. The official package ignores that orientation.
+
+    Transparent pixels are composited on white; the official package shows whatever colour is stored in them. Of 16 bits
+    per channel the upper 8 are used, as Pillow does of images in colour. Above 50 megapixels the image is reduced.
 
     Args:
-        image: a path, a Pillow image, or uint8 (H, W, 3) RGB.
-        size: the requested size, before snapping to 32: the image is cropped to its aspect.
-        crf: H.264 quality of the compression, 1 (best) to 51; 0 leaves it out.
-        sampled_size: the size of the pass that uses the image, if it is not `size.snap()`, as in two passes.
-        resize: resize the image to `size` before it is blurred and compressed, as frames of an input video are;
-            conditions are compressed at their own resolution.
-
-    Returns:
-        float32 (1, 3, 1, H, W) in [-1, 1] at `sampled_size`; the padding is 0, a middle grey.
+        notify: called for an image that is reduced, or that has transparent pixels.
 
     Raises:
-        MediaError: the image is missing, damaged, of an unsupported format or too small; or `crf` is out of range.
-
-    Source: ltx_video/inference.py. As in the official code, the padding is computed in output pixels but added
-    before the image is resized. kadr keeps this bug; it has no effect if width and height are multiples of 32.
+        MediaError: the image is missing, damaged, empty, too large, or of an unsupported format.
     """
-    sampled_size = sampled_size or size.snap()
-    cropped = crop_to_aspect(load_image(image), size, name=_display_name(image))
-    if resize:
-        cropped = cropped.resize((size.width, size.height))
-    unit = compress(blur(_to_tensor(cropped)), crf)
-    normalized = unit * 255.0 / 127.5 - 1.0
-    padded = F.pad(normalized[None], size.padding())
-    if padded.shape[-2:] != (sampled_size.height, sampled_size.width):
-        padded = F.interpolate(
-            padded, size=(sampled_size.height, sampled_size.width), mode="bilinear", align_corners=False
-        )
-    return padded.unsqueeze(2)
-
-
-def load_image(image: ImageInput) -> Image.Image:
-    """Opens an image as RGB, upright by its EXIF orientation; transparency is dropped, as in the official package.
-
-    That package ignores the orientation, so the model sees a phone's portrait photograph on its side.
-
-    Raises:
-        MediaError: the image is missing, damaged, empty, or of an unsupported format.
-    """
-    name = _display_name(image)
-    if isinstance(image, np.ndarray):
-        return _from_array(image, name)
+    name = display_name(image)
     with _translate_errors(name):
-        return _open_upright(image, name)
+        if isinstance(image, np.ndarray):
+            return _upright_rgb(_from_array(image, name), name, notify)
+        if isinstance(image, Image.Image):
+            return _upright_rgb(image, name, notify)
+        with _open_file(image, name) as file:
+            return _upright_rgb(file, name, notify)
 
 
 def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the width and height of an image, upright as in `load_image`. No pixel is decoded.
+    """Returns the width and height of an image, upright as from `load_image`, but not reduced. No pixel is decoded.
 
     Raises:
-        MediaError: the image is missing, empty, or of an unsupported format.
+        MediaError: the image is missing, empty, too large, or of an unsupported format.
     """
-    name = _display_name(path)
-    with _translate_errors(name), _open_image(path) as file:
+    name = display_name(path)
+    with _translate_errors(name), _open_file(path, name) as file:
         _refuse_unsupported(file, name)
         width, height = file.size
-        is_on_its_side = file.getexif().get(_ORIENTATION_TAG, 1) >= _FIRST_SIDEWAYS
-        return (height, width) if is_on_its_side else (width, height)
+        return (height, width) if _orientation(file) >= _FIRST_SIDEWAYS else (width, height)
+
+
+def reduction_factor(width: int, height: int) -> int:
+    """Returns the factor by which width and height of an image are reduced before it is used; 1 for most."""
+    pixels = width * height
+    return 1 if pixels <= MAX_FULL_PIXELS else 2 if pixels <= MAX_HALVED_PIXELS else 4
 
 
 @contextmanager
@@ -119,6 +88,9 @@ def _translate_errors(name: str) -> Iterator[None]:
         raise MediaError(f"{name}: there is no such file.") from None
     except UnidentifiedImageError:
         raise MediaError(f"{name} is not a readable image. {_SUPPORTED_IMAGES}") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise MediaError(f"{name} has more than {limit} million pixels. Make it smaller first.") from None
     except _READ_ERRORS as error:
         raise MediaError(f"{name} cannot be read as an image: {error}. {_SUPPORTED_IMAGES}") from error
 
@@ -132,10 +104,14 @@ def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the image") -
     Raises:
         MediaError: less than 2x2 pixels would be left.
     """
-    width, height = image.size
+    return image.crop(crop_box(*image.size, size, name=name))
+
+
+def crop_box(width: int, height: int, size: Size, *, name: str) -> tuple[int, int, int, int]:
+    """Returns the left, top, right and bottom of the part that `check_crop` measures, centred."""
     cropped_width, cropped_height = check_crop(width, height, size, name=name)
     left, top = (width - cropped_width) // 2, (height - cropped_height) // 2
-    return image.crop((left, top, left + cropped_width, top + cropped_height))
+    return left, top, left + cropped_width, top + cropped_height
 
 
 def check_crop(width: int, height: int, size: Size, *, name: str) -> tuple[int, int]:
@@ -164,75 +140,32 @@ def _largest_within(width: int, height: int, aspect: float) -> tuple[int, int]:
     return width, int(width / aspect)
 
 
-def blur(image: torch.Tensor) -> torch.Tensor:
-    """Blurs with a 3x3 Gaussian of standard deviation 1 (.27407, .45186, .27407), mirrored at the edges.
-
-    Args:
-        image: float32 (3, H, W), both sides at least 2.
-
-    Source: torchvision's gaussian_blur(kernel_size=3, sigma=1). One 3x3 kernel, not two passes of 3: the sums differ in
-    the last bit, which the truncation in `compress` turns into a whole grey level.
-    """
-    weights = torch.linspace(-1, 1, 3, dtype=image.dtype, device=image.device).square().mul(-0.5).exp()
-    weights = weights / weights.sum()
-    kernel = (weights[:, None] * weights).expand(3, 1, 3, 3)
-    mirrored = F.pad(image[None], (1, 1, 1, 1), mode="reflect")
-    return F.conv2d(mirrored, kernel, groups=3)[0]
+def display_name(image: ImageInput) -> str:
+    """Returns the name of an image in messages: its path, if it has one."""
+    return "the image" if isinstance(image, (Image.Image, np.ndarray)) else os.fspath(image)
 
 
-def compress(image: torch.Tensor, crf: int = DEFAULT_IMAGE_CRF) -> torch.Tensor:
-    """Encodes an image as one frame of H.264, and decodes it again; an odd side loses its last pixel.
-
-    Args:
-        image: float32 (3, H, W) in [0, 1], as is the result.
-        crf: 1 (best) to 51; 0 returns the image as it is.
-
-    Raises:
-        MediaError: `crf` is out of range, or the encoder refuses the size.
-
-    Source: ltx_video/pipelines/crf_compressor.py.
-    """
-    if not is_whole_number(crf) or not 0 <= crf <= MAX_CRF:
-        raise MediaError(f"crf is {crf}; it must lie between 1 (best) and {MAX_CRF}, or be 0 for no compression.")
-    if crf == 0:
+def _open_file(path: str | os.PathLike[str], name: str) -> Image.Image:
+    """Opens a file as far as its header. A HEIC file needs a library of its own."""
+    with open_regular(path) as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
+        image: Image.Image = _import_heif(name).HeifImageFile(path)
+        if Image.MAX_IMAGE_PIXELS and image.size[0] * image.size[1] > 2 * Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError  # as Image.open does for the formats that it knows
         return image
-    even = image[:, : image.shape[1] // 2 * 2, : image.shape[2] // 2 * 2]
-    pixels = (even * 255.0).to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-    return torch.from_numpy(_h264_roundtrip(pixels, crf)).to(image).permute(2, 0, 1) / 255.0
+    return Image.open(path, formats=_FORMATS)
 
 
-def _h264_roundtrip(pixels: np.ndarray, crf: int) -> np.ndarray:
-    """Encodes and decodes uint8 (H, W, 3), with the settings and plain colour conversions of the official package."""
-    import av
-
-    height, width, _ = pixels.shape
+def _import_heif(name: str) -> Any:
+    """Imports the reader of HEIC files. It is not registered with Pillow, which would be for the whole process."""
     try:
-        with av.open(_encode_h264(pixels, crf), "r") as container:
-            return next(container.decode(video=0)).to_ndarray(format="rgb24")
-    except av.error.FFmpegError as error:
+        return importlib.import_module("pi_heif.as_plugin")
+    except ImportError as error:
         raise MediaError(
-            f"an image of {width}x{height} pixels cannot be compressed as H.264: {error.strerror}. "
-            "Make it smaller, or set crf to 0 for no compression."
+            f"{name} is a HEIC image, and pi-heif, which reads them, is not installed: pip install 'kadr[heic]'. Or "
+            "save it as JPEG."
         ) from error
-
-
-def _encode_h264(pixels: np.ndarray, crf: int) -> io.BytesIO:
-    """Encodes uint8 (H, W, 3) as an MP4 file of one frame."""
-    import av
-
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=1, options={"crf": str(crf), "preset": "veryfast"})
-        stream.width, stream.height = pixels.shape[1], pixels.shape[0]
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")))
-        container.mux(stream.encode())
-    file.seek(0)
-    return file
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """Converts to float32 (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
 
 
 def _from_array(image: np.ndarray, name: str) -> Image.Image:
@@ -242,36 +175,67 @@ def _from_array(image: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-def _open_upright(image: str | os.PathLike[str] | Image.Image, name: str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return _upright_rgb(image, name)
-    with _open_image(image) as file:
-        return _upright_rgb(file, name)
-
-
-def _open_image(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
-    """Opens an image; its pixels are decoded when they are needed."""
-    require_regular(path)
-    return Image.open(path, formats=_FORMATS)
-
-
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, notify: Notify | None) -> Image.Image:
+    """Decodes an image. Each step replaces the one before it, so that few copies of the pixels exist at a time."""
     _refuse_unsupported(image, name)
-    return ImageOps.exif_transpose(image).convert("RGB")
+    orientation, (width, height) = _orientation(image), image.size
+    factor = reduction_factor(width, height)
+    if factor > 1 and notify is not None:
+        notify(
+            f"{name} has {width * height / 1e6:.0f} million pixels; above {MAX_FULL_PIXELS / 1e6:.0f} million an image "
+            f"is reduced before it is used, this one by {factor} in width and height."
+        )
+    if factor > 1 and hasattr(image, "filename"):  # a file: JPEG reduces while it is decoded
+        image.draft(None, (width // factor, height // factor))
+    image = _with_8_bit_channels(image)
+    if factor > 1 and image.size == (width, height):
+        image = image.reduce(factor)
+    image = _without_alpha(image, name, notify)
+    if orientation != 1:
+        image.getexif()[_ORIENTATION_TAG] = orientation
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 to 8; 1 is upright."""
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _with_8_bit_channels(image: Image.Image) -> Image.Image:
+    """Returns an image of a mode that can be resized: grey or colour with 8 bits per channel, without a palette."""
+    if image.mode in ("I", *_16_BIT_MODES):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("P", "PA", "1"):
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.load()
+    return image
+
+
+def _without_alpha(image: Image.Image, name: str, notify: Notify | None) -> Image.Image:
+    """Returns the image as RGB, on white if any of its pixels is transparent."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    alpha = image.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return image.convert("RGB")
+    if notify is not None:
+        notify(f"{name} has transparent pixels; the video shows them on {BACKGROUND}.")
+    composite = Image.new("RGB", image.size, BACKGROUND)
+    composite.paste(image, mask=alpha)
+    return composite
 
 
 def _refuse_unsupported(image: Image.Image, name: str) -> None:
     _refuse_empty(*image.size, name)
-    if image.mode in _HIGH_BIT_DEPTH_MODES:
-        # Pillow would clip these to 8 bits, which turns nearly all of the image white.
-        raise MediaError(f"{name} has pixels in mode {image.mode}. {_SUPPORTED_IMAGES}")
+    if image.mode == "F" or (image.mode == "I" and image.format not in _16_BIT_FORMATS):
+        raise MediaError(
+            f"{name} has 32 bits per channel, of which nothing says which value is white. Save it with 8 or 16."
+        )
 
 
 def _refuse_empty(width: int, height: int, name: str) -> None:
     if not (width and height):
         raise MediaError(f"{name} is {width}x{height} pixels, so it is empty.")
-
-
-def _display_name(image: ImageInput) -> str:
-    """Returns the name of an image in messages: its path, if it has one."""
-    return "the image" if isinstance(image, (Image.Image, np.ndarray)) else os.fspath(image)

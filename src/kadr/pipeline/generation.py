@@ -59,7 +59,7 @@ class Generation:
         self.noise_streams = NoiseStreams(resolved.seed)
         self.device = modules.device
         # Opened before any weight: an unreadable file must cost nothing.
-        self.media = Media(resolved)
+        self.media = Media(resolved, modules.notices.add)
         self.denoise_stage = DenoiseStage(modules, resolved, self.noise_streams, watch)
 
     def cancel(self, reason: str = "") -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import probe_video
-from kadr.media.image import DEFAULT_IMAGE_CRF
+from kadr.media.prepare import DEFAULT_IMAGE_CRF
 from kadr.models.registry import Recipe
 from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
 from kadr.request.windows import check_prompt_count

@@ -31,7 +31,7 @@ class PassFrames:
         media: the frames.
         size: size whose aspect they are cropped to.
         sampled_size: size that they are encoded at.
-        resize: see `media.image.prepare_image`.
+        resize: see `media.prepare.prepare_image`.
     """
 
     media: ResolvedMedia

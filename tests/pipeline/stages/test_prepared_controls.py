@@ -23,7 +23,7 @@ from kadr.checkpoints.lora.file import REFERENCE_DOWNSCALE_KEY, LoraFile
 from kadr.errors import CheckpointError, KadrError, MediaError, RequestError
 from kadr.media.clip import ClipReader, read_video
 from kadr.media.control_maps import canny_edges
-from kadr.media.image import prepare_image
+from kadr.media.prepare import prepare_image
 from kadr.media.writer import VideoWriter
 from kadr.models.lora_layers import merge_loras
 from kadr.models.transformer import Transformer

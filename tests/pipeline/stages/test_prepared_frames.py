@@ -15,7 +15,7 @@ from torch import Tensor
 from kadr import Condition, Engine, Request, Size
 from kadr.errors import MediaError
 from kadr.media import clip
-from kadr.media.image import prepare_image
+from kadr.media.prepare import prepare_image
 from kadr.media.writer import VideoWriter
 from kadr.models.vae.encoder import Encoder
 from kadr.pipeline.stages import prepared_frames

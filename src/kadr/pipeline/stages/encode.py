@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kadr.media.image import Notify
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.modules import Modules
 from kadr.pipeline.progress import StageProgress, Watch
@@ -43,15 +44,18 @@ class EncodedInputs:
 class Media:
     """Images, clips and input video of one request, opened.
 
+    Args:
+        notify: called with a sentence about what kadr changes in an image, such as its transparent pixels.
+
     Raises:
         MediaError: a file cannot be read, or an image or clip is too small.
     """
 
-    def __init__(self, resolved: ResolvedRequest) -> None:
+    def __init__(self, resolved: ResolvedRequest, notify: Notify | None = None) -> None:
         self.resolved = resolved
         uses = [frames.media for item in resolved.media for frames in _frames_of(item)]
         uses += [control.media for item in resolved.media for control in item.controls]
-        self._opened = OpenedMedia([*uses, *(control.media for control in resolved.controls)])
+        self._opened = OpenedMedia([*uses, *(control.media for control in resolved.controls)], notify)
         all_frames = [condition.frames for conditions in resolved.conditions_by_pass for condition in conditions]
         all_frames += [frames for item in resolved.media for frames in _frames_of(item)]
         self.prepared_frames = {

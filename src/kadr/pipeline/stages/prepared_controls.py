@@ -39,7 +39,8 @@ class PreparedControl:
             MediaError: the image or clip is too small.
         """
         frames = opened.frames(control.media)
-        fit_to_reference(first_frame(frames), control.size, control.reference_size, name=control.control.media)
+        name, notify = control.control.media, opened.notify
+        fit_to_reference(first_frame(frames), control.size, control.reference_size, name=name, notify=notify)
         return cls(control, frames)
 
     def chunks(self, chunk_frames: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:

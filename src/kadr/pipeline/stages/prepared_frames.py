@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kadr.errors import MediaError
 from kadr.media.clip import ClipReader
-from kadr.media.image import load_image, prepare_image
+from kadr.media.image import Notify
+from kadr.media.prepare import prepare_image
 from kadr.request.pass_media import PassFrames
 from kadr.request.resolved_media import ResolvedMedia
 from kadr.shapes import Size
@@ -21,18 +22,18 @@ Frames = Sequence["str | np.ndarray"] | ClipReader
 
 
 class OpenedMedia:
-    """The images and clips of a request, each decoded once to find damage before anything is loaded.
+    """The images and clips of a request. A clip is decoded once to find damage before anything is loaded.
 
     Args:
         media: every use of every file.
+        notify: see `load_image`.
 
     Raises:
-        MediaError: a file cannot be read, or has fewer frames than its header states.
+        MediaError: a clip cannot be read, or has fewer frames than its header states.
     """
 
-    def __init__(self, media: Sequence[ResolvedMedia]) -> None:
-        for path in dict.fromkeys(item.path for item in media if not item.is_clip):
-            load_image(path)  # it is read again by its path, which errors name
+    def __init__(self, media: Sequence[ResolvedMedia], notify: Notify | None = None) -> None:
+        self._notify, self._messages = notify, set[str]()
         last_frames: dict[str, int] = {}
         for item in media:
             if item.is_clip:
@@ -42,6 +43,12 @@ class OpenedMedia:
     def frames(self, media: ResolvedMedia) -> Frames:
         """Returns the frames of one use of a file; those of a clip are decoded when they are iterated over."""
         return self._clips[media.path].select(media.frame_indices) if media.is_clip else [media.path]
+
+    def notify(self, message: str) -> None:
+        """Says what kadr changes in an image, once for all uses of it."""
+        if self._notify is not None and message not in self._messages:
+            self._messages.add(message)
+            self._notify(message)
 
 
 def _open_clip(path: str, last_frame: int) -> ClipReader:
@@ -80,7 +87,7 @@ class PreparedFrames:
         """
         frames = opened.frames(pass_frames.media)
         size, sampled_size, resize = pass_frames.size, pass_frames.sampled_size, pass_frames.resize
-        image_tensor = prepare_image(first_frame(frames), size, crf, sampled_size, resize=resize)
+        image_tensor = prepare_image(first_frame(frames), size, crf, sampled_size, resize=resize, notify=opened.notify)
         is_single_image = not isinstance(frames, ClipReader)
         return cls(frames, size, crf, sampled_size, resize, image_tensor if is_single_image else None)
 
