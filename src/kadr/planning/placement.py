@@ -21,7 +21,7 @@ class Placement:
         mapped_bytes: device bytes of weights in mapped pages of files, which can be released at any time.
         private_bytes: device bytes of all other weights.
         workspace_bytes: device bytes besides weights: activations and buffers.
-        host_bytes: host bytes of weights, where the device has its own memory.
+        host_bytes: host bytes of weights, and of images while they are prepared, where the device has its own memory.
         seconds: estimated time of the stage, with its module loaded.
         load_seconds: estimated time of loading the module: reading, converting, quantizing and prepacking its weights.
         window_count: number of windows of a long video that the stage samples in turn; 0 for a video in one piece.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from kadr.request.pass_media import PassCondition, PassMedia
+from kadr.planning.costs.images import prepare_bytes, prepare_pixels
+from kadr.request.pass_media import PassCondition, PassControl, PassFrames, PassMedia
 from kadr.request.passes import ResolvedPass
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.request.windows import Windows
@@ -28,6 +29,9 @@ class Workload:
         reference_tokens: for each pass, the tokens of controls; () without controls. For a long video, see `windows`.
         stages: names of the stages that run; empty for all of them.
         windows: windows of a long video, in place of its only pass.
+        image_bytes: host bytes that preparing the largest image takes, before a module is loaded; 0 without images.
+        frame_bytes: host bytes that preparing a frame of the largest clip takes, beside the VAE encoder.
+        prepared_pixels: pixels of all images and frames that are blurred and compressed.
     """
 
     passes: tuple[ResolvedPass, ...]
@@ -41,6 +45,9 @@ class Workload:
     reference_tokens: tuple[int, ...] = ()
     stages: frozenset[str] = frozenset()
     windows: tuple[WindowWorkload, ...] = ()
+    image_bytes: int = 0
+    frame_bytes: int = 0
+    prepared_pixels: int = 0
 
     def extra_tokens(self, pass_index: int) -> int:
         """Returns the tokens of a pass outside its video's grid."""
@@ -82,6 +89,7 @@ def build_workload(
         prompt_tokens: number of tokens of each of `ResolvedRequest.all_prompts`, or an upper bound.
         prompts_to_encode, stages: see `Workload`.
     """
+    uses = _uses(resolved)
     return Workload(
         passes=resolved.passes,
         prompts_to_encode=prompts_to_encode if not stages or "text" in stages else 0,
@@ -96,7 +104,19 @@ def build_workload(
         step_cache=resolved.step_cache,
         stages=frozenset(stages),
         windows=_window_workloads(resolved, resolved.windows, prompt_tokens),
+        image_bytes=max((prepare_bytes(use) for use in uses if not use.media.is_clip), default=0),
+        frame_bytes=max((prepare_bytes(use) for use in uses if use.media.is_clip), default=0),
+        prepared_pixels=sum(prepare_pixels(use) * len(use.media) for use in uses),
     )
+
+
+def _uses(resolved: ResolvedRequest) -> list[PassFrames | PassControl]:
+    """Returns every use of an image or clip that is prepared, each once."""
+    conditions = [condition.frames for conditions in _conditions(resolved) for condition in conditions]
+    conditions += [condition.frames for item in _media(resolved) for condition in item.conditions]
+    input_videos = [item.input_video for item in _media(resolved) if item.input_video is not None]
+    controls = [control for item in _media(resolved) for control in item.controls]
+    return list(dict.fromkeys([*conditions, *input_videos, *controls]))
 
 
 def _conditions(resolved: ResolvedRequest) -> tuple[tuple[PassCondition, ...], ...]:

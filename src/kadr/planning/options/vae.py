@@ -28,6 +28,9 @@ SMALL_CHUNK_COST = 0.1  # share of the decoding time that each frame less in a c
 # resized and converted to bytes; and the frames that the encoder looks ahead at. Measured.
 CODEC_BYTES, FRAME_COPIES, LOOKAHEAD_FRAMES, LOOKAHEAD_BYTES_PER_PIXEL = 25_000_000, 8, 60, 3
 
+# Blurring and compressing a pixel of an image, in the time of writing one of a video. Measured.
+PREPARE_COST = 1.3
+
 
 def encode_options(context: StageContext) -> StageOptions:
     config = context.spec.vae_config
@@ -47,9 +50,23 @@ def encode_options(context: StageContext) -> StageOptions:
     weights = _weight_bytes(context, "encoder", winograd_frames)
     option = WeightOption(CONVERTED, reason=_reference_reason(context))
     load_seconds = _load_seconds(context, "encoder", winograd_frames)
+    seconds += PREPARE_COST * context.workload.prepared_pixels * context.calibration.rate(speeds.WRITE)
     placement = context.placement(option, weights, workspace_bytes, backend, seconds=seconds, load_seconds=load_seconds)
-    placement = replace(placement, winograd_frames=winograd_frames)
+    placement = _with_prepared_media(replace(placement, winograd_frames=winograd_frames), context)
     return StageOptions(stage="encode", component=VAE_ENCODER, placements=(placement,))
+
+
+def _with_prepared_media(placement: Placement, context: StageContext) -> Placement:
+    """Returns the placement with the bytes that images and frames take on the host while they are prepared.
+
+    Images are prepared before the weights are loaded, frames of a clip between two chunks of the encoder.
+    """
+    image_bytes, frame_bytes = context.workload.image_bytes, context.workload.frame_bytes
+    if not context.on_cpu:
+        return replace(placement, host_bytes=max(placement.host_bytes, image_bytes, frame_bytes))
+    weight_bytes = placement.mapped_bytes + placement.private_bytes
+    workspace_bytes = max(placement.workspace_bytes, image_bytes - weight_bytes, frame_bytes)
+    return replace(placement, workspace_bytes=workspace_bytes)
 
 
 def _reference_reason(context: StageContext) -> str:
