@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
@@ -20,6 +21,7 @@ from kadr.pipeline.engine import Engine
 from kadr.pipeline.loading import module_loader
 from kadr.pipeline.loading.module_placement import spread_blocks
 from kadr.planning import planner
+from kadr.planning.costs import images
 from kadr.planning.costs.weight_bytes import weight_bytes
 from kadr.planning.placement import AS_STORED, CONVERTED
 from kadr.planning.plan import Plan
@@ -323,3 +325,25 @@ def test_streamed_blocks_are_spread_evenly() -> None:
     assert spread_blocks(28, 4) == {0, 7, 14, 21}
     assert spread_blocks(5, 5) == {0, 1, 2, 3, 4}
     assert len(spread_blocks(48, 31)) == 31
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize(
+    ("sides", "bytes_per_pixel"),
+    [((4000, 3000), 15 * 3 / 4), ((4000, 100), 15 / 40), ((10000, 6000), 15 / 4 * 3 / 5), ((100, 100), 15)],
+    ids=str,
+)
+def test_a_plan_counts_the_preparation_of_an_image(
+    open_engine: Callable[..., Engine],
+    tmp_path: Path,
+    sides: tuple[int, int],
+    bytes_per_pixel: float,
+    suffix: str,
+) -> None:
+    pixels, path = sides[0] * sides[1], tmp_path / f"photo.{suffix}"
+    Image.new("L", sides).save(path)
+    decoded_bytes = 4 * pixels * (1 if pixels < 50e6 else 1.25 if suffix == "png" else 0.25)
+    expected = images.CODEC_BYTES + max(bytes_per_pixel * pixels, decoded_bytes)
+    plan = open_engine().plan(replace(REQUEST, conditions=(Condition(str(path)),)))
+    assert plan.stage("encode").placement.device_bytes == pytest.approx(expected, rel=0.05)
+    assert plan.peak_bytes >= plan.base_bytes + expected * 0.95

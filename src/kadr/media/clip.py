@@ -234,6 +234,20 @@ def probe_video(path: str | os.PathLike[str]) -> ClipHeader:
         return ClipHeader(frames, _frame_rate(path, container), stream.width, stream.height, is_cut_off)
 
 
+def probe_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns the width and height of a video as it is shown. Decodes one frame, the only place that says how it lies.
+
+    Raises:
+        MediaError: the file is missing, not a video, or has no frame that can be read.
+    """
+    with _open_video(path) as container:
+        frame = next(_decode_frames(container), None)
+        if frame is None:
+            raise MediaError(f"{path} contains no frames.")
+        is_on_its_side = round(frame.rotation / 90) % 2
+        return (frame.height, frame.width) if is_on_its_side else (frame.width, frame.height)
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the metadata that kadr stored in a video, of any schema number. No frame is decoded.
 

@@ -123,7 +123,7 @@ def check_crop(width: int, height: int, size: Size, *, name: str) -> tuple[int, 
     Raises:
         MediaError: less than 2x2 pixels would be left.
     """
-    cropped_width, cropped_height = _largest_within(width, height, size.width / size.height)
+    cropped_width, cropped_height = largest_within(width, height, size.width / size.height)
     if min(cropped_width, cropped_height) < 2:
         raise MediaError(
             f"{name} is {width}x{height} pixels; cropped to the aspect of {size} it has "
@@ -133,7 +133,7 @@ def check_crop(width: int, height: int, size: Size, *, name: str) -> tuple[int, 
     return cropped_width, cropped_height
 
 
-def _largest_within(width: int, height: int, aspect: float) -> tuple[int, int]:
+def largest_within(width: int, height: int, aspect: float) -> tuple[int, int]:
     """Returns the width and height of the largest part with that aspect."""
     if width / height > aspect:
         return int(height * aspect), height

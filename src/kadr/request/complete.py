@@ -9,6 +9,7 @@ from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import probe_video
 from kadr.media.prepare import DEFAULT_IMAGE_CRF
 from kadr.models.registry import Recipe
+from kadr.request.fit_size import with_fitting_size
 from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
 from kadr.request.windows import check_prompt_count
 from kadr.sampling.samplers import EULER
@@ -20,15 +21,18 @@ PASS_DEFAULTS = Pass(sampler=EULER, tone_map=0.0)  # where neither request nor r
 def complete_request(request: Request, recipe: Recipe) -> Request:
     """Returns the request with every field that has a default: what it leaves out is taken from the recipe.
 
-    Length and frame rate are taken from an input video instead, where there is one. Windows are dropped where a single
+    Length and frame rate are taken from an input video instead, where there is one, and the size "auto" from the first
+    image or clip. Windows are dropped where a single
     one covers the whole video.
 
     Raises:
-        RequestError: two passes are requested, and neither the request nor the recipe defines the second.
-        MediaError: the input video cannot be read.
+        RequestError: two passes are requested, and neither the request nor the recipe defines the second; or the size
+            is "auto", and there is no image or clip.
+        MediaError: the input video, or the image or clip that decides the size, cannot be read.
     """
     if request.input_video is not None:
         request = _with_input_video_defaults(request)
+    request = with_fitting_size(request, recipe.size)
     if request.windows is not None:
         request = _with_window_defaults(request, recipe)
     default_multi_scale = recipe.multi_scale if request.second_pass is None else True

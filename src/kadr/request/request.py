@@ -20,6 +20,7 @@ from kadr.validation import check_bool, check_fields, check_path, check_range, i
 
 MAX_FPS = 240
 DEFAULT_DENOISE_STRENGTH = 0.75
+AUTO_SIZE = "auto"  # the size that fits the first image or clip
 
 # (field, lowest value, highest value, must be whole)
 _REQUEST_LIMITS: tuple[tuple[str, float, float, bool], ...] = (
@@ -42,6 +43,7 @@ class Request:
         prompt: what to show. An empty one is a lone end of sequence, as in the official package. With windows, one
             prompt for each, separated by |; the last one covers all remaining windows.
         size: width and height in pixels, a `Size` or a pair. Rounded up to multiples of 32 for sampling, then cropped.
+            "auto" keeps the aspect of the input video, or of the first image or clip, at the model's number of pixels.
         frames: number of frames; rounded up to 8k+1 for sampling, then trimmed.
         fps: frames per second. The temporal positions of the tokens are in seconds, so it changes the speed of motion.
         seed: any whole number. The same seed gives the same noise on every device.
@@ -76,7 +78,7 @@ class Request:
     """
 
     prompt: str = field(kw_only=False)
-    size: Size | tuple[int, int] | None = None
+    size: Size | tuple[int, int] | str | None = None
     frames: int | None = None
     fps: float | None = None
     seed: int = 0
@@ -112,7 +114,7 @@ class Request:
             raise RequestError(f"the negative prompt is {self.negative_prompt!r}; it must be text.")
         if not isinstance(self.original_prompt, str | None):
             raise RequestError(f"original_prompt is {self.original_prompt!r}; it must be text, or None.")
-        if not isinstance(self.size, Size | None):
+        if not isinstance(self.size, Size | None) and self.size != AUTO_SIZE:
             object.__setattr__(self, "size", _parse_size(self.size))
         object.__setattr__(self, "windows", Windows.parse(self.windows))
         if self.frames is not None:
@@ -230,7 +232,7 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     if (size := parsed.get("size")) is not None:
         if not isinstance(size, str):
             raise RequestError(f"size is {size!r}; write WIDTHxHEIGHT in pixels, such as 704x480.")
-        parsed["size"] = Size.parse(size)
+        parsed["size"] = size if size == AUTO_SIZE else Size.parse(size)
     for name, kind in (("conditions", Condition), ("controls", Control)):
         if not isinstance(items := parsed.get(name, ()), list | tuple):
             raise RequestError(f"{name} are {items!r}; they must be a list.")
@@ -244,7 +246,7 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_size(value: Any) -> Size:
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise RequestError(f"size is {value!r}; it must be a Size or a pair, (width, height) in pixels.")
+        raise RequestError(f'size is {value!r}; it must be a Size, a pair (width, height) in pixels, or "{AUTO_SIZE}".')
     return Size(*value)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kadr.request.complete import complete_request, warn_single_pass
+from kadr.request.fit_size import warn_crops
 from kadr.request.pass_media import (
     PassMedia,
     check_inside_windows,
@@ -111,6 +112,9 @@ def _resolve_media(
         )
         for in_pass, resolved_pass in zip(by_window, window_passes or passes, strict=True)
     )
+    uses = [condition.frames for condition in by_pass[0]]
+    uses += [item.input_video for item in media if item.input_video is not None]
+    warn_crops([*uses, *(control for item in media for control in item.controls)], size)
     return {
         "conditions": conditions,
         "controls": controls,

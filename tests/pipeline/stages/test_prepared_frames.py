@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kadr import Condition, Engine, Request, Size
-from kadr.errors import MediaError
+from kadr.errors import KadrWarning, MediaError
 from kadr.media import clip
 from kadr.media.prepare import prepare_image
 from kadr.media.writer import VideoWriter
@@ -179,3 +181,15 @@ def test_clip_reader_returns_any_selection_of_frames(moving_clip: Path) -> None:
             assert all(np.array_equal(frame, frames[index]) for frame, index in zip(selected, indices, strict=True))
     assert len(clip.ClipReader.open(moving_clip, 4)) == 4
     assert [*opened.select(range(10, 30)).select([0, 9]).frame_indices] == [10, 19]
+
+
+def test_what_changes_an_image_is_one_notice_of_the_generation(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "logo.png"
+    Image.new("RGBA", (64, 64), (0, 0, 0, 40)).save(path)
+    conditions = Condition(str(path), box=(0, 0, 64, 64)), Condition(str(path), frame=16)
+    request = replace(REQUEST, size=Size(128, 64), conditions=conditions)
+    with ExitStack() as stack:
+        with pytest.warns(KadrWarning, match=r"logo\.png has transparent pixels; the video shows them on white"):
+            generation = stack.enter_context(engine.start(request, stages=("encode",)))
+        assert len(generation.media.prepared_frames) == 2
+        assert generation.notices == (f"{path} has transparent pixels; the video shows them on white.",)

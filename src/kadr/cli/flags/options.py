@@ -48,7 +48,9 @@ _Switch = bool | None
 class VideoFlags:
     """The video"""
 
-    size: Annotated[_Text, flag("--size", "WxH", "Width and height in pixels, such as 704x480.")] = None
+    size: Annotated[_Text, flag("--size", "WxH", "Width and height in pixels, such as 704x480; auto fits --image.")] = (
+        None
+    )
     frames: Annotated[_Int, flag("--frames", "N", "Number of frames.")] = None
     seconds: Annotated[_Float, flag("--seconds", "S", "Length in seconds, instead of --frames.")] = None
     fps: Annotated[_Float, flag("--fps", "N", "Frames per second; the model matches the motion to it.")] = None

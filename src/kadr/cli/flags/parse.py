@@ -11,6 +11,7 @@ import typer
 from kadr.cli.flags.official import BOX_PREFIX, SEPARATOR
 from kadr.errors import RequestError
 from kadr.request.inputs import CONTROL_KINDS, READY, Condition, Control
+from kadr.request.request import AUTO_SIZE
 from kadr.sampling.settings import BlockIndices, ScalarOrList
 from kadr.shapes import Size
 
@@ -30,6 +31,11 @@ def size(text: str | None) -> Size | None:
         return None if text is None else Size.parse(text)
     except RequestError as error:
         raise typer.BadParameter(str(error), param_hint="--size") from error
+
+
+def size_or_auto(text: str | None) -> Size | str | None:
+    """Parses "704x480" and "auto"."""
+    return text if text == AUTO_SIZE else size(text)
 
 
 def floats(flag: str, text: str | None) -> tuple[float, ...] | None:

@@ -84,7 +84,7 @@ def build_request(prompt: str, flags: options.GenerateFlags | options.PlanFlags)
     return Request(
         prompt=prompt.replace(SEPARATOR, f" {PROMPT_SEPARATOR} "),
         windows=_windows(flags.windows, has_several_prompts=SEPARATOR in prompt),
-        size=parse.size(video.size),
+        size=parse.size_or_auto(video.size),
         frames=video.frames,
         fps=video.fps,
         seed=video.seed,

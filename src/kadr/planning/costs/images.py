@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kadr.media.image import crop_box, reduction_factor
+from kadr.media.image import largest_within, reduction_factor
 from kadr.request.pass_media import PassControl, PassFrames
-from kadr.shapes import Size
 
 DECODED_BYTES = 4  # of a pixel: Pillow has three channels of a colour in four bytes
 CROPPED_BYTES = 3  # of a pixel, as an array
@@ -18,7 +17,7 @@ REDUCED_BY_READER = (".jpg", ".jpeg")  # such a file is reduced while it is deco
 
 def prepare_bytes(use: PassFrames | PassControl) -> int:
     """Returns the bytes that preparing an image, or one frame of a clip, takes at its peak."""
-    media, size = use.media, use.size
+    media = use.media
     factor = reduction_factor(media.width, media.height)
     width, height = -(-media.width // factor), -(-media.height // factor)
     decoded = width * height
@@ -41,11 +40,10 @@ def prepare_pixels(use: PassFrames | PassControl) -> int:
 
 def _pixels(use: PassFrames | PassControl, width: int, height: int) -> tuple[int, int]:
     """Returns the pixels of the cropped image, without and with its margins."""
-    size: Size = use.size
+    size = use.size
     if isinstance(use, PassFrames) and use.resize:
         cropped_width, cropped_height = size.width, size.height
     else:
-        left, top, right, bottom = crop_box(width, height, size, name=use.media.path)
-        cropped_width, cropped_height = right - left, bottom - top
+        cropped_width, cropped_height = largest_within(width, height, size.width / size.height)
     left, right, top, bottom = size.padding()
     return cropped_width * cropped_height, (cropped_width + left + right) * (cropped_height + top + bottom)
