@@ -11,7 +11,7 @@ DECODED_BYTES = 4  # of a pixel: Pillow has three channels of a colour in four b
 CROPPED_BYTES = 3  # of a pixel, as an array
 # The array that is resized, and what it is filled from. The H.264 encoder, which is done by then, takes less: about 12.
 FLOAT_BYTES = 3 * 4 + 3
-CODEC_BYTES = 50_000_000  # of the libraries that read and compress images, once they are loaded. Measured.
+IMAGE_LIBRARY_BYTES = 50_000_000  # of the libraries that read and compress images, once they are loaded. Measured.
 REDUCED_BY_READER = (".jpg", ".jpeg")  # such a file is reduced while it is decoded; others are decoded whole before
 
 
@@ -29,7 +29,7 @@ def prepare_bytes(use: PassFrames | PassControl) -> int:
         DECODED_BYTES * width * height + CROPPED_BYTES * cropped_pixels,
         CROPPED_BYTES * cropped_pixels + (FLOAT_BYTES - CROPPED_BYTES) * padded_pixels,
     )
-    return CODEC_BYTES + max(phases)
+    return IMAGE_LIBRARY_BYTES + max(phases)
 
 
 def prepare_pixels(use: PassFrames | PassControl) -> int:
