@@ -122,10 +122,14 @@ def _run_kadr(arguments: Sequence[str], cache: Path | None = None) -> str:
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
-def predict(arguments: Sequence[str], cache: Path) -> dict[str, Any]:
-    """Returns the JSON of `kadr plan`, which calibrates the machine if it is not calibrated."""
+def predict(arguments: Sequence[str], cache: Path, *, calibrate: bool = True) -> dict[str, Any]:
+    """Returns the JSON of `kadr plan`.
+
+    Args:
+        calibrate: calibrate the machine if it is not calibrated; memory does not need it.
+    """
     plan: dict[str, Any] = json.loads(_run_kadr(["plan", *arguments, "--json"], cache))
-    if not plan["calibrated"]:
+    if calibrate and not plan["calibrated"]:
         plan = json.loads(_run_kadr(["plan", *arguments, "--json", "--calibrate"], cache))
     return plan
 
