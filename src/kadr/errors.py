@@ -12,12 +12,27 @@
 
     KadrWarning                something differs from the request; the command line prints it and goes on
 
-Every message states the value, the limit and the fix.
+Every message states the value, the limit and the fix, on one line: foreign text in it is escaped and cut (`quoting`).
 """
+
+import collections.abc
+
+from kadr.quoting import MAX_LINE, one_line
 
 
 class KadrError(Exception):
-    """Base class of all kadr errors, with a message for the user."""
+    """Base class of all kadr errors, with a message for the user.
+
+    Args:
+        message: shown on one line; see `quoting.one_line`.
+        details: further lines, such as one for each file that cannot be used.
+        limit: characters of a line; more only where two checksums or paths must be whole.
+    """
+
+    def __init__(
+        self, message: object = "", *, details: collections.abc.Iterable[str] = (), limit: int = MAX_LINE
+    ) -> None:
+        super().__init__("\n  ".join(one_line(line, limit) for line in (message, *details)))
 
 
 class RequestError(KadrError, ValueError):
@@ -69,4 +84,9 @@ class Busy(KadrError):
 
 
 class KadrWarning(UserWarning):
-    """Something differs from the request, such as a prompt truncated at its limit."""
+    """Something differs from the request, such as a prompt truncated at its limit. Arguments as for `KadrError`."""
+
+    def __init__(
+        self, message: object = "", *, details: collections.abc.Iterable[str] = (), limit: int = MAX_LINE
+    ) -> None:
+        super().__init__("\n  ".join(one_line(line, limit) for line in (message, *details)))

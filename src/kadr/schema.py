@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import CheckpointError, KadrError, MediaError, RequestError
+from kadr.quoting import quote
 from kadr.validation import check_bool
 from kadr.version import __version__
 
@@ -74,7 +75,7 @@ class Schema:
         subject = f"the {self.kind}" if path is None else f"the {self.kind} in {path}"
         if not isinstance(found, int) or isinstance(found, bool) or found < FIRST_NUMBER:
             raise self.error(
-                f"{subject} has the schema number {found!r}; it must be a whole number from {FIRST_NUMBER} to "
+                f"{subject} has the schema number {quote(found)}; it must be a whole number from {FIRST_NUMBER} to "
                 f"{self.number}. Restore it: it was changed."
             )
         if found > self.number:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.validation import check_range
 
 SPATIAL_COMPRESSION = 32  # pixels per latent position, in height and in width
@@ -37,7 +38,7 @@ class Size:
         """Parses a size such as "704x480"."""
         width, cross, height = str(text).lower().replace("×", "x").partition("x")
         if not (cross and width.strip().isdecimal() and height.strip().isdecimal()):
-            raise RequestError(f"size is {text!r}; write WIDTHxHEIGHT in pixels, such as 704x480.")
+            raise RequestError(f"size is {quote(text)}; write WIDTHxHEIGHT in pixels, such as 704x480.")
         return cls(int(width), int(height))
 
     def snap(self) -> Size:

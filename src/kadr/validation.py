@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 
 
 def check_range(
@@ -21,7 +22,9 @@ def check_range(
     """
     limits = f"between {minimum:g} and {maximum:g}{suffix}"
     if not (is_whole_number(value) if is_whole else is_number(value)):
-        raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if is_whole else 'number'} {limits}.")
+        raise RequestError(
+            f"{name} is {quote(value)}; it must be a {'whole number' if is_whole else 'number'} {limits}."
+        )
     if not minimum <= value <= maximum:
         raise RequestError(f"{name} is {value}; it must lie {limits}.")
 
@@ -43,7 +46,7 @@ def check_bool(name: str, value: Any) -> None:
         RequestError: with the value.
     """
     if not isinstance(value, bool | None):
-        raise RequestError(f"{name} is {value!r}; it must be true or false.")
+        raise RequestError(f"{name} is {quote(value)}; it must be true or false.")
 
 
 def check_path(name: str, value: Any) -> None:
@@ -53,7 +56,7 @@ def check_path(name: str, value: Any) -> None:
         RequestError: with the value.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise RequestError(f"{name} is {value!r}; it must be a path.")
+        raise RequestError(f"{name} is {quote(value)}; it must be a path.")
 
 
 def check_fields(kind: type, data: Any, name: str) -> Mapping[str, Any]:
@@ -68,7 +71,7 @@ def check_fields(kind: type, data: Any, name: str) -> Mapping[str, Any]:
         RequestError: it is not an object of fields, or names a wrong one. Values are not looked at.
     """
     if not isinstance(data, Mapping):
-        raise RequestError(f"{name} is {data!r}; it must be an object of fields, as `to_json` writes it.")
+        raise RequestError(f"{name} is {quote(data)}; it must be an object of fields, as `to_json` writes it.")
     known = [field for field in fields(kind) if field.init]
     names = [field.name for field in known]
     if unknown := [str(key) for key in data if key not in names]:

@@ -9,8 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "kadr"
 FLOORS = (  # from the lowest up; __init__ re-exports the public names and may import all of them
-    "errors version",
-    "file_names regular_file validation",
+    "quoting version",
+    "errors",
+    "file_names json_reader regular_file validation",
     "cache_home cancellation schema shapes",
     "kernels sampling media text",
     "nn",

@@ -6,7 +6,6 @@ header lists every tensor with its dtype, shape and offsets, and the bytes of th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from kadr.errors import CheckpointError
+from kadr.json_reader import parse_json
 from kadr.kernels.ggml_types import GGMLType
 from kadr.regular_file import open_regular
 
@@ -167,7 +167,7 @@ def _read_error(path: Path, error: OSError) -> CheckpointError:
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
     except ValueError as error:  # JSON and UTF-8 errors both
         raise CheckpointError(f"{path}: its header cannot be read: {error}. {_DOWNLOAD_AGAIN}") from error
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__") or {}, dict):

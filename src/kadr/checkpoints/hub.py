@@ -7,7 +7,6 @@ download is verified against the hub's checksum before it is used.
 from __future__ import annotations
 
 import fnmatch
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from kadr.cancellation import check_cancelled, uninterruptible_wait
 from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest, is_digest
 from kadr.errors import Cancelled, CheckpointError
 from kadr.file_names import replace_file
+from kadr.json_reader import parse_json
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -196,7 +196,7 @@ def _list_local(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
 
 def _read_shard_names(index: Path) -> set[str]:
     try:
-        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return set(parse_json(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()  # damaged: its checksum reports it
 

@@ -6,7 +6,6 @@ closed with the last tensor of its file.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
@@ -20,7 +19,9 @@ from torch import Tensor
 from kadr.checkpoints.gguf.header import is_gguf, read_gguf_header
 from kadr.checkpoints.header import TensorInfo, read_header
 from kadr.errors import CheckpointError
+from kadr.json_reader import parse_json
 from kadr.memory.mapped_files import map_file
+from kadr.quoting import quote
 from kadr.regular_file import read_text
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # file stems of the weights in diffusers and transformers folders
@@ -180,12 +181,14 @@ def _find_weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _find_shards(index: Path) -> tuple[Path, ...]:
     try:
-        weight_map: dict[str, str] = json.loads(read_text(index))["weight_map"]
+        weight_map: dict[str, str] = parse_json(read_text(index))["weight_map"]
         names = sorted(set(weight_map.values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it names no file, or one in another folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}. Download it again.") from error
+        raise CheckpointError(
+            f"{index} cannot be read as an index of shards: {quote(error)}. Download it again."
+        ) from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(

@@ -17,6 +17,8 @@ from kadr.request.request import Request
 from kadr.request.windows import window_folder_path
 from kadr.text.endpoint import KEY_VARIABLE
 
+MAX_SHOWN_PROMPT = 2000  # characters: an enhanced prompt has up to 190 words
+
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
     from kadr.text.enhance import Enhancer
@@ -76,7 +78,7 @@ def enhance_request(
     print_stderr(f"asking {enhancer.display_url} to enhance the prompt")
     enhanced = prompt_enhancement.enhance_prompt(request, enhancer)
     if enhanced is not request:
-        print_stderr(f"enhanced: {enhanced.prompt}")
+        print_stderr(f"enhanced: {enhanced.prompt}", limit=MAX_SHOWN_PROMPT)
     return enhanced
 
 
@@ -89,5 +91,5 @@ def _with_stored_prompt(folder: Path, request: Request) -> Request | None:
         return None
     prompt, original = stored
     if original is not None:
-        print_stderr(f"enhanced when the video began: {prompt}")
+        print_stderr(f"enhanced when the video began: {prompt}", limit=MAX_SHOWN_PROMPT)
     return replace(request, prompt=prompt, original_prompt=original)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from kadr.cli.commands import bench, convert, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.flags.official import OfficialCommand
@@ -21,11 +23,38 @@ from kadr.cli.terminal.errors import (
 from kadr.cli.terminal.signals import handle_signals
 from kadr.errors import KadrError
 from kadr.kernels.cpu.malloc import tune_malloc
+from kadr.quoting import one_line
 from kadr.version import __version__
+
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer exports only its subclasses
+
+
+class SafeGroup(TyperGroup):
+    """A group of verbs whose usage errors are one line, escaped and cut as other errors are."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _usage_on_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _usage_on_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_on_one_line() -> Iterator[None]:
+    try:
+        yield
+    except _ClickException as error:
+        message = one_line(error.format_message())  # type: ignore[attr-defined]
+        error.format_message = lambda: message  # type: ignore[attr-defined]
+        raise
+
 
 # Without markup, help is plain text: rich would take longer to load than everything else.
 app = typer.Typer(
     name="kadr",
+    cls=SafeGroup,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,

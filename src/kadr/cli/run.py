@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kadr.cli.terminal.errors import print_stderr, print_stdout
+from kadr.cli.terminal.output import print_path
 from kadr.cli.terminal.progress import format_duration, show_progress
 from kadr.errors import RequestError
 from kadr.request.request import Request
@@ -56,7 +57,10 @@ def write_video(
     frames, duration = video_file.frames, format_duration(video_file.seconds)
     print_stderr(f"{frames} frames of {video_file.size} at {video_file.fps:g} per second, made in {duration}")
     outcome = f"the video is written to {video_file.path}, but its path could not be printed:"
-    print_stdout(json.dumps(report) if as_json else video_file.path, outcome=outcome)
+    if as_json:
+        print_stdout(json.dumps(report), outcome=outcome)
+    else:
+        print_path(video_file.path, outcome=outcome)
 
 
 @contextmanager

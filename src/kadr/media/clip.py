@@ -6,7 +6,6 @@ Frames are RGB, full range, whatever the file uses.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
+from kadr.json_reader import parse_json
 from kadr.media.writer import COMMENT_KEY, swscale_flags
 from kadr.regular_file import require_regular
 
@@ -312,7 +312,7 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 def _find_request(tags: Mapping[str, str]) -> dict[str, Any] | None:
     try:
-        request = json.loads(tags.get("comment", ""))[COMMENT_KEY]
+        request = parse_json(tags.get("comment", ""))[COMMENT_KEY]
     except (ValueError, TypeError, LookupError):
         return None
     return request if isinstance(request, dict) else None

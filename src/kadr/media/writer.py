@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from kadr.cancellation import check_cancelled, remove_if_ended
 from kadr.errors import MediaError
 from kadr.file_names import is_allowed_name, replace_file
+from kadr.quoting import quote
 from kadr.shapes import Size
 from kadr.validation import check_path, is_whole_number
 
@@ -285,7 +286,7 @@ def _check_target(path: Path) -> None:
         raise MediaError(f"{path} is a folder. Name a file in it, such as {path / 'out.mp4'}.")
     if path.suffix.lower() != ".mp4":
         raise MediaError(
-            f"{path} ends in {path.suffix or 'nothing'!r}; only .mp4 can be written. Name it {path.stem}.mp4."
+            f"{path} ends in {quote(path.suffix or 'nothing')}; only .mp4 can be written. Name it {path.stem}.mp4."
         )
     if not is_allowed_name(path.name):
         raise MediaError(f"Windows allows no file named {path.name}. Choose another name, such as out.mp4.")

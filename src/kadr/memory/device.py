@@ -14,6 +14,7 @@ from torch import nn
 
 from kadr.cancellation import check_cancelled
 from kadr.errors import RequestError
+from kadr.quoting import quote
 
 M = TypeVar("M", bound=nn.Module)
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -37,12 +38,12 @@ def pick_device(name: str) -> torch.device:
     """
     kind = str(name).partition(":")[0]
     if kind not in DEVICES:
-        raise RequestError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}.")
+        raise RequestError(f"device is {quote(name)}; it must be one of {', '.join(DEVICES)}.")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
     if not available[kind]:
-        raise RequestError(f"device is {name!r}, but torch finds none here. Leave out --device, or give cpu.")
+        raise RequestError(f"device is {quote(name)}, but torch finds none here. Leave out --device, or give cpu.")
     return _parse_device(name)
 
 
@@ -51,10 +52,12 @@ def _parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RequestError(f"device is {name!r}; after the colon stands a number, such as cuda:0.") from error
+        raise RequestError(f"device is {quote(name)}; after the colon stands a number, such as cuda:0.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise RequestError(f"device is {name!r}, but there are {count} here, numbered from 0. Leave out the number.")
+        raise RequestError(
+            f"device is {quote(name)}, but there are {count} here, numbered from 0. Leave out the number."
+        )
     return device
 
 
@@ -74,7 +77,7 @@ def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise RequestError(f"dtype is {name!r}; it must be auto, {' or '.join(DTYPES)}.")
+        raise RequestError(f"dtype is {quote(name)}; it must be auto, {' or '.join(DTYPES)}.")
     return torch.bfloat16 if parameters >= FP32_MAX_PARAMETERS and has_bfloat16(device) else torch.float32
 
 

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
@@ -425,7 +426,7 @@ def find_release(name: str) -> Release:
         return release
     similar = similar_names(name)
     advice = f"Did you mean {', '.join(similar)}?" if similar else f"Known are {', '.join(RELEASES_BY_NAME)}."
-    raise RequestError(f"there is no model named {name!r}. {advice} To open a file, pass its path.")
+    raise RequestError(f"there is no model named {quote(name)}. {advice} To open a file, pass its path.")
 
 
 def find_model_release(name: str) -> Release:

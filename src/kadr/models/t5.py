@@ -22,6 +22,7 @@ from kadr.cancellation import check_cancelled
 from kadr.errors import CheckpointError
 from kadr.nn.init import init_normal
 from kadr.nn.linear import Linear
+from kadr.quoting import quote
 
 # transformers reads a missing feed_forward_proj as "relu", so that key is required; the others are checked if present.
 _FIXED_HEADER_VALUES = {
@@ -105,7 +106,7 @@ T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d
 
 def _refuse(name: str, value: object, supported: str) -> None:
     raise CheckpointError(
-        f"The text encoder's {name} is {value!r}; it must be {supported}. Use the encoder of google/t5-v1_1-xxl."
+        f"The text encoder's {name} is {quote(value)}; it must be {supported}. Use the encoder of google/t5-v1_1-xxl."
     )
 
 

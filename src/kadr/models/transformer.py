@@ -24,6 +24,7 @@ from kadr.nn.linear import Linear, mlp
 from kadr.nn.modulation import compute_adaln_params, init_scale_shift_table
 from kadr.nn.rope import Rope, rope_table
 from kadr.nn.timestep_embedding import TimestepEmbedding
+from kadr.quoting import quote
 from kadr.sampling.guidance import Perturbation
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.sampling.step_cache import ResidualCache
@@ -94,7 +95,9 @@ class TransformerConfig:
         for key, value in TRANSFORMER_FIXED_VALUES.items():
             found = header.get(key, value)
             if found != value:
-                raise CheckpointError(f"the transformer's header has {key} = {found!r}; kadr knows only {value!r}.")
+                raise CheckpointError(
+                    f"the transformer's header has {key} = {quote(found)}; kadr knows only {quote(value)}."
+                )
         seconds, down, right = header.get("positional_embedding_max_pos", (20, 2048, 2048))
         config = cls(
             num_layers=header["num_layers"],

@@ -14,6 +14,7 @@ from kadr.cancellation import check_cancelled
 from kadr.errors import CheckpointError
 from kadr.models.vae.blocks import depth_to_space
 from kadr.models.vae.config import Strides
+from kadr.quoting import quote
 
 NORM_GROUPS = 32  # groups of every GroupNorm
 OFFICIAL_CLASS_NAME = "LatentUpsampler"
@@ -85,7 +86,9 @@ class UpscalerConfig:
             ("dims", _DIMS, header.get("dims")),
         ):
             if found != value:
-                raise CheckpointError(f"the upscaler's header has {key} = {found!r}; kadr knows only {value!r}.")
+                raise CheckpointError(
+                    f"the upscaler's header has {key} = {quote(found)}; kadr knows only {quote(value)}."
+                )
         values = {**_DEFAULTS, **header}
         sizes: dict[str, Any] = {key: _parse_size(key, values.get(key)) for key in _SIZE_KEYS}
         return cls(**sizes, **{key: _parse_flag(key, values[key]) for key in _FLAG_KEYS})
@@ -98,13 +101,13 @@ class UpscalerConfig:
 
 def _parse_size(key: str, value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"the upscaler's header has {key} = {value!r}; it must be a positive whole number.")
+        raise CheckpointError(f"the upscaler's header has {key} = {quote(value)}; it must be a positive whole number.")
     return value
 
 
 def _parse_flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise CheckpointError(f"the upscaler's header has {key} = {value!r}; it must be true or false.")
+        raise CheckpointError(f"the upscaler's header has {key} = {quote(value)}; it must be true or false.")
     return value
 
 

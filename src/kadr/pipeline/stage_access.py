@@ -21,6 +21,7 @@ from kadr.pipeline.open_model import OpenModel
 from kadr.pipeline.plan_request import plan_request
 from kadr.pipeline.progress import STAGES, Watch, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
+from kadr.quoting import quote
 from kadr.request.passes import check_first_sigma
 from kadr.request.prompt_words import warn_of_prompts
 from kadr.request.request import Request
@@ -169,7 +170,7 @@ class StageAccess:
             RequestError: `prompts` is not a list of texts.
         """
         if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise RequestError(f'prompts are {prompts!r}; they must be a list of texts, such as ["a red circle"].')
+            raise RequestError(f'prompts are {quote(prompts)}; they must be a list of texts, such as ["a red circle"].')
         with self.start(request, watch=watch, stages=("text",), prompts=prompts) as generation:
             return generation.encode_prompts()
 
@@ -219,8 +220,10 @@ class StageAccess:
 def _check_arguments(watch: Any, stages: Any, cancel: Any) -> None:
     """Refuses arguments of `Engine.start` of another type, and unknown stages."""
     if not callable(watch):
-        raise RequestError(f"watch is {watch!r}; it must be a function that takes a Progress. Leave it out for none.")
+        raise RequestError(
+            f"watch is {quote(watch)}; it must be a function that takes a Progress. Leave it out for none."
+        )
     if not isinstance(cancel, CancelToken | None):
-        raise RequestError(f"cancel is {cancel!r}; it must be a CancelToken, or None.")
+        raise RequestError(f"cancel is {quote(cancel)}; it must be a CancelToken, or None.")
     if isinstance(stages, str) or not set(stages) <= set(STAGES):
-        raise RequestError(f"stages is {stages!r}; it must be a list of stages: {', '.join(STAGES)}.")
+        raise RequestError(f"stages is {quote(stages)}; it must be a list of stages: {', '.join(STAGES)}.")

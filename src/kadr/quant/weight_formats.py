@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kadr.errors import RequestError
 from kadr.kernels.ggml_types import GGML_TYPES
+from kadr.quoting import quote
 
 NONE, AUTO_QUANT = "none", "auto"
 INT8, INT8_WEIGHT_ONLY, FP8, FP8_WEIGHT_ONLY = "int8", "int8-weights", "fp8", "fp8-weights"
@@ -37,4 +38,4 @@ def check_weight_format(name: str) -> str:
     for weight_format in WEIGHT_FORMATS:
         if weight_format.lower() == str(name).lower():
             return weight_format
-    raise RequestError(f"quant is {name!r}; it must be one of {', '.join(WEIGHT_FORMATS)}.")
+    raise RequestError(f"quant is {quote(name)}; it must be one of {', '.join(WEIGHT_FORMATS)}.")

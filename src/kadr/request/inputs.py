@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.shapes import MAX_FRAMES
 from kadr.validation import check_bool, check_path, check_range, is_number, is_whole_number
 
@@ -56,7 +57,7 @@ class Condition:
     def _checked_box(self) -> tuple[int, int, int, int]:
         box = self.box
         if not isinstance(box, tuple | list) or len(box) != 4 or not all(is_number(side) for side in box):
-            raise RequestError(f"box is {box!r}; it must be (x, y, width, height) in pixels.")
+            raise RequestError(f"box is {quote(box)}; it must be (x, y, width, height) in pixels.")
         x, y, width, height = (int(side) for side in box)
         if min(x, y) < 0 or min(width, height) < 1:
             raise RequestError(f"box is {box}; x and y must not be below 0, width and height not below 1.")
@@ -86,7 +87,9 @@ class Control:
         check_path("media of a control", self.media)
         object.__setattr__(self, "media", str(self.media))
         if self.kind not in CONTROL_KINDS:
-            raise RequestError(f"the kind of control is {self.kind!r}; it must be one of {', '.join(CONTROL_KINDS)}.")
+            raise RequestError(
+                f"the kind of control is {quote(self.kind)}; it must be one of {', '.join(CONTROL_KINDS)}."
+            )
         if self.frame_range is not None:
             frame_range = _check_frame_range(self.frame_range, self.media, is_clip=self.is_clip)
             object.__setattr__(self, "frame_range", frame_range)
@@ -107,7 +110,7 @@ def _check_frame_range(frame_range: Any, media: str, *, is_clip: bool) -> tuple[
         or not all(_is_range_end(end) for end in frame_range)
     ):
         raise RequestError(
-            f"frame_range is {frame_range!r}; it must be (first, end) frames of the clip; None leaves one open."
+            f"frame_range is {quote(frame_range)}; it must be (first, end) frames of the clip; None leaves one open."
         )
     if not is_clip:
         raise RequestError(f"frame_range is given, but {media} is an image. Only a clip has a frame range.")
@@ -129,5 +132,5 @@ def as_tuple_of(kind: type[Input], values: Any, name: str) -> tuple[Input, ...]:
         RequestError: they are not a list of `kind`.
     """
     if not isinstance(values, tuple | list) or not all(isinstance(value, kind) for value in values):
-        raise RequestError(f"{name} are {values!r}; they must be a list of {kind.__name__}(media=...).")
+        raise RequestError(f"{name} are {quote(values)}; they must be a list of {kind.__name__}(media=...).")
     return tuple(values)

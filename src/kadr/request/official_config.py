@@ -18,6 +18,7 @@ import yaml
 from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import Recipe
+from kadr.quoting import quote
 from kadr.regular_file import read_text
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
@@ -164,7 +165,8 @@ class OfficialConfig:
         if release is None:
             raise context.error(
                 key,
-                f"is {name!r}, which is neither a file beside the config or in this folder, nor a released {kind}. "
+                f"is {quote(name)}, which is neither a file beside the config or in this folder, nor a "
+                f"released {kind}. "
                 f"Give one with {flag}; `kadr models` lists the releases.",
             )
         return release.name
@@ -232,10 +234,10 @@ def _refuse_unknown(context: _ErrorContext, data: Mapping[Any, Any], known: Sequ
 def _check_top_level(context: _ErrorContext, data: Mapping[str, Any]) -> None:
     for key in STRING_KEYS:
         if not isinstance(value := data.get(key, ""), str):
-            raise context.error(key, f"is {value!r}; it must be text.")
+            raise context.error(key, f"is {quote(value)}; it must be text.")
     for key in NUMBER_KEYS:
         if not is_number(value := data.get(key, 0)):
-            raise context.error(key, f"is {value!r}; it must be a number.")
+            raise context.error(key, f"is {quote(value)}; it must be a number.")
     for key, low in (("decode_timestep", 0.0), ("decode_noise_scale", 0.0), ("downscale_factor", 0.01)):
         if not low <= (value := data.get(key, 1)) <= 1:
             raise context.error(key, f"is {value}; it must lie between {low:g} and 1.")
@@ -245,7 +247,7 @@ def _check_top_level(context: _ErrorContext, data: Mapping[str, Any]) -> None:
         ("sampler", tuple(OFFICIAL_SAMPLERS)),
     ):
         if (value := data.get(key, known[0])) not in known:
-            raise context.error(key, f"is {value!r}; it must be one of {', '.join(known)}.")
+            raise context.error(key, f"is {quote(value)}; it must be one of {', '.join(known)}.")
 
 
 def _parse_recipe(context: _ErrorContext, data: Mapping[str, Any]) -> Recipe:
@@ -284,7 +286,7 @@ def _parse_recipe(context: _ErrorContext, data: Mapping[str, Any]) -> Recipe:
 def _parse_section(context: _ErrorContext, data: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = data[name]
     if not isinstance(section, dict):
-        raise context.error(name, f"is {section!r}; it must be a mapping of keys to values.")
+        raise context.error(name, f"is {quote(section)}; it must be a mapping of keys to values.")
     _refuse_unknown(context.in_section(name), section, (*PASS_KEYS, *GUIDANCE_KEYS))
     _check_settings(context.in_section(name), section)
     return section
@@ -295,7 +297,7 @@ def _check_settings(context: _ErrorContext, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if key == "stochastic_sampling":
             if not isinstance(value, bool):
-                raise context.error(key, f"is {value!r}; it must be true or false.")
+                raise context.error(key, f"is {quote(value)}; it must be true or false.")
             continue
         kind, field = (Pass, PASS_KEYS[key]) if key in PASS_KEYS else (Guidance, GUIDANCE_KEYS[key])
         settings = context.build(key, kind, **{field: value})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.request.inputs import Condition, Control, as_tuple_of
 from kadr.request.windows import Windows, split_prompts
 from kadr.sampling.settings import MAX_STEPS, Guidance, Pass, check_sampler, parse_sigmas
@@ -109,11 +110,11 @@ class Request:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
-            raise RequestError(f"the prompt is {self.prompt!r}; it must be text: say what to show.")
+            raise RequestError(f"the prompt is {quote(self.prompt)}; it must be text: say what to show.")
         if not isinstance(self.negative_prompt, str | None):
-            raise RequestError(f"the negative prompt is {self.negative_prompt!r}; it must be text.")
+            raise RequestError(f"the negative prompt is {quote(self.negative_prompt)}; it must be text.")
         if not isinstance(self.original_prompt, str | None):
-            raise RequestError(f"original_prompt is {self.original_prompt!r}; it must be text, or None.")
+            raise RequestError(f"original_prompt is {quote(self.original_prompt)}; it must be text, or None.")
         if not isinstance(self.size, Size | None) and self.size != AUTO_SIZE:
             object.__setattr__(self, "size", _parse_size(self.size))
         object.__setattr__(self, "windows", Windows.parse(self.windows))
@@ -121,7 +122,7 @@ class Request:
             snap_frames(self.frames)
         self._check_windows()
         if not is_whole_number(self.seed):
-            raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
+            raise RequestError(f"seed is {quote(self.seed)}; it must be a whole number.")
         object.__setattr__(self, "conditions", as_tuple_of(Condition, self.conditions, "conditions"))
         object.__setattr__(self, "controls", as_tuple_of(Control, self.controls, "controls"))
         object.__setattr__(self, "cache", StepCache.parse(self.cache))
@@ -139,7 +140,7 @@ class Request:
             check_bool(name, getattr(self, name))
         check_sampler(self.sampler)
         if not isinstance(self.second_pass, Pass | None):
-            raise RequestError(f"second_pass is {self.second_pass!r}; it must be a Pass.")
+            raise RequestError(f"second_pass is {quote(self.second_pass)}; it must be a Pass.")
         if self.sigmas is not None and (self.steps is not None or self.skip_initial or self.skip_final):
             raise RequestError("both sigmas and steps or skipped steps are given; give one or the other.")
         self._check_input_video()
@@ -214,7 +215,7 @@ class Request:
                 of its range.
         """
         if not isinstance(data, Mapping):
-            raise RequestError(f"the request is {data!r}; it must be an object of fields, as `to_json` writes it.")
+            raise RequestError(f"the request is {quote(data)}; it must be an object of fields, as `to_json` writes it.")
         data = REQUEST.upgrade(data)
         del data[REQUEST.key]
         return cls(**_parse_fields(check_fields(cls, data, "the request")))
@@ -231,11 +232,11 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     parsed = dict(data)
     if (size := parsed.get("size")) is not None:
         if not isinstance(size, str):
-            raise RequestError(f"size is {size!r}; write WIDTHxHEIGHT in pixels, such as 704x480.")
+            raise RequestError(f"size is {quote(size)}; write WIDTHxHEIGHT in pixels, such as 704x480.")
         parsed["size"] = size if size == AUTO_SIZE else Size.parse(size)
     for name, kind in (("conditions", Condition), ("controls", Control)):
         if not isinstance(items := parsed.get(name, ()), list | tuple):
-            raise RequestError(f"{name} are {items!r}; they must be a list.")
+            raise RequestError(f"{name} are {quote(items)}; they must be a list.")
         parsed[name] = tuple(kind(**check_fields(kind, item, f"one of the {name}")) for item in items)
     if isinstance(parsed.get("guidance"), Mapping):
         parsed["guidance"] = Guidance(**check_fields(Guidance, parsed["guidance"], "guidance"))
@@ -246,7 +247,9 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_size(value: Any) -> Size:
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise RequestError(f'size is {value!r}; it must be a Size, a pair (width, height) in pixels, or "{AUTO_SIZE}".')
+        raise RequestError(
+            f'size is {quote(value)}; it must be a Size, a pair (width, height) in pixels, or "{AUTO_SIZE}".'
+        )
     return Size(*value)
 
 
@@ -257,7 +260,7 @@ def check_request(value: Any) -> Request:
         RequestError: it is not.
     """
     if not isinstance(value, Request):
-        raise RequestError(f'the request is {value!r:.80}; it must be a Request, such as Request(prompt="a fox").')
+        raise RequestError(f'the request is {quote(value)}; it must be a Request, such as Request(prompt="a fox").')
     return value
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.shapes import MAX_WINDOW_FRAMES, TEMPORAL_COMPRESSION, snap_frames
 from kadr.validation import check_fields, check_range, is_whole_number
 
@@ -45,7 +46,7 @@ class Windows:
     def __post_init__(self) -> None:
         if self.frames is not None:
             if not is_whole_number(self.frames):
-                raise RequestError(f"a window has {self.frames!r} frames; it must be a whole number.")
+                raise RequestError(f"a window has {quote(self.frames)} frames; it must be a whole number.")
             if not 1 < self.frames <= MAX_WINDOW_FRAMES:
                 raise RequestError(
                     f"a window has {self.frames} frames; it must have between {MIN_WINDOW_FRAMES} and "
@@ -64,7 +65,7 @@ class Windows:
     def _check_overlap(self) -> None:
         overlap: Any = self.overlap
         if not is_whole_number(overlap):
-            raise RequestError(f"the overlap of windows is {overlap!r}; it must be a whole number of frames.")
+            raise RequestError(f"the overlap of windows is {quote(overlap)}; it must be a whole number of frames.")
         if overlap < TEMPORAL_COMPRESSION or overlap % TEMPORAL_COMPRESSION:
             below = max(TEMPORAL_COMPRESSION, overlap // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
             raise RequestError(
@@ -88,7 +89,7 @@ class Windows:
             return value
         if isinstance(value, dict):
             return cls(**check_fields(cls, value, "windows"))
-        raise RequestError(f"windows is {value!r}; it must be a Windows.")
+        raise RequestError(f"windows is {quote(value)}; it must be a Windows.")
 
     def with_defaults(self, default_frames: int, *, has_anchor_image: bool) -> Windows:
         """Returns the windows with nothing left open.

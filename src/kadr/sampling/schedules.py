@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import CheckpointError, RequestError
+from kadr.quoting import quote
 
 SCHEDULE_SAMPLERS = ("Uniform", "LinearQuadratic")
 SHIFTINGS = (None, "SD3")
@@ -41,10 +42,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.sampler not in SCHEDULE_SAMPLERS:
             raise CheckpointError(
-                f"the scheduler's sampler is {self.sampler!r}; kadr knows {', '.join(SCHEDULE_SAMPLERS)}."
+                f"the scheduler's sampler is {quote(self.sampler)}; kadr knows {', '.join(SCHEDULE_SAMPLERS)}."
             )
         if self.shifting not in SHIFTINGS:
-            raise CheckpointError(f"the scheduler's shifting is {self.shifting!r}; kadr knows SD3 and none.")
+            raise CheckpointError(f"the scheduler's shifting is {quote(self.shifting)}; kadr knows SD3 and none.")
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], allowed_sigmas: Sequence[float] | None = None) -> Schedule:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.sampling.samplers import SAMPLERS
 from kadr.validation import check_bool, check_fields, check_range, is_number, is_whole_number
 
@@ -80,7 +81,9 @@ class Guidance:
             object.__setattr__(self, "sigmas", _parse_decreasing_sigmas(self.sigmas))
         if self.stg_mode is not None and self.stg_mode not in STG_MODES:
             hint = " In these models it changes nothing." if self.stg_mode in ("residual", "stg_r") else ""
-            raise RequestError(f"the mode of STG is {self.stg_mode!r}; it must be one of {', '.join(STG_MODES)}.{hint}")
+            raise RequestError(
+                f"the mode of STG is {quote(self.stg_mode)}; it must be one of {', '.join(STG_MODES)}.{hint}"
+            )
         check_bool("cfg_star", self.cfg_star)
         _check_number("apg", self.apg, -1.0, 1.0)
         _check_number("apg_norm", self.apg_norm, 0.0, math.inf)
@@ -166,7 +169,7 @@ class Pass:
             if self.skip_initial or self.skip_final:
                 raise RequestError("both sigmas and skipped steps are given; give one or the other.")
         if not isinstance(self.guidance, Guidance):
-            raise RequestError(f"guidance is {self.guidance!r}; it must be a Guidance.")
+            raise RequestError(f"guidance is {quote(self.guidance)}; it must be a Guidance.")
         check_sampler(self.sampler)
 
     def with_defaults(self, defaults: Pass) -> Pass:
@@ -203,7 +206,7 @@ def parse_sigmas(value: Any) -> tuple[float, ...]:
         RequestError: it is not a list of numbers.
     """
     if not isinstance(value, tuple | list) or not all(is_number(sigma) for sigma in value):
-        raise RequestError(f"sigmas are {value!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
+        raise RequestError(f"sigmas are {quote(value)}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
     return tuple(value)
 
 
@@ -214,7 +217,7 @@ def check_sampler(name: Any) -> None:
         RequestError: it is not one.
     """
     if name is not None and (not isinstance(name, str) or name not in SAMPLERS):
-        raise RequestError(f"the sampler is {name!r}; it must be one of {', '.join(SAMPLERS)}.")
+        raise RequestError(f"the sampler is {quote(name)}; it must be one of {', '.join(SAMPLERS)}.")
 
 
 def _check_scalar_or_list(name: str, scalar_or_list: Any, minimum: float, maximum: float) -> ScalarOrList | None:
@@ -245,7 +248,7 @@ def _parse_blocks(value: Any) -> BlockIndices | None:
         elif all(_is_block(block) for block in value):
             return tuple(value)
     raise RequestError(
-        f"the skipped blocks are {value!r}; they must be a list of whole numbers, or one list per sigma."
+        f"the skipped blocks are {quote(value)}; they must be a list of whole numbers, or one list per sigma."
     )
 
 
@@ -260,7 +263,7 @@ def _is_nested(blocks: Sequence[Any]) -> bool:
 def _parse_decreasing_sigmas(value: Any) -> tuple[float, ...]:
     sigmas = parse_sigmas(value)
     if not sigmas or not all(0 <= sigma <= 1 for sigma in sigmas) or sorted(sigmas, reverse=True) != list(sigmas):
-        raise RequestError(f"the sigmas of guidance are {value!r}; they must decrease and lie between 0 and 1.")
+        raise RequestError(f"the sigmas of guidance are {quote(value)}; they must decrease and lie between 0 and 1.")
     return sigmas
 
 

@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.sampling.settings import StepGuidance
 from kadr.validation import check_fields, check_range
 
@@ -53,7 +54,7 @@ class StepCache:
     def __post_init__(self) -> None:
         if self.kind not in CACHE_KINDS:
             kinds = ", ".join(CACHE_KINDS)
-            raise RequestError(f"the kind of step cache is {self.kind!r}; it must be one of {kinds}; None is off.")
+            raise RequestError(f"the kind of step cache is {quote(self.kind)}; it must be one of {kinds}; None is off.")
         # Defaults are filled in at once, so that a video's record has them, whatever a later version takes.
         defaults = (
             {"threshold": DEFAULT_THRESHOLD}
@@ -63,7 +64,7 @@ class StepCache:
         for name in ("threshold", "interval", "order"):
             if name not in defaults and getattr(self, name) is not None:
                 other = TAYLOR if self.kind == FIRST_BLOCK else FIRST_BLOCK
-                raise RequestError(f"{name} belongs to the step cache {other!r}; this one is {self.kind!r}.")
+                raise RequestError(f"{name} belongs to the step cache {quote(other)}; this one is {quote(self.kind)}.")
             if name in defaults and getattr(self, name) is None:
                 object.__setattr__(self, name, defaults[name])
         if self.kind == FIRST_BLOCK:
@@ -95,7 +96,7 @@ class StepCache:
             return cls(**check_fields(cls, value, "cache"))
         if isinstance(value, str):
             return cls(value)
-        raise RequestError(f"cache is {value!r}; it must be a StepCache, or its kind: {', '.join(CACHE_KINDS)}.")
+        raise RequestError(f"cache is {quote(value)}; it must be a StepCache, or its kind: {', '.join(CACHE_KINDS)}.")
 
 
 def relative_l1(current: Tensor, previous: Tensor) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.validation import check_path, check_range
 
 MAX_LORA_STRENGTH = 10.0  # beyond it any LoRA makes noise: the value was probably meant as a percentage
@@ -48,7 +49,7 @@ class Lora:
             return cls(str(value))
         if isinstance(value, tuple | list) and 1 <= len(value) <= 3 and isinstance(value[0], str | Path):
             return cls(*value)
-        raise RequestError(f"a LoRA is given as {value!r}; it must be a path, or (path, strength).")
+        raise RequestError(f"a LoRA is given as {quote(value)}; it must be a path, or (path, strength).")
 
     def pass_strengths(self) -> tuple[float, float]:
         """Returns the strengths in the first and the second pass."""
@@ -90,7 +91,7 @@ def parse_lora_strengths(values: Any) -> tuple[LoraStrength, ...] | None:
     if values is None:
         return None
     if not isinstance(values, tuple | list):
-        raise RequestError(f"lora_strengths is {values!r}; it must be a list, one for each LoRA of the engine.")
+        raise RequestError(f"lora_strengths is {quote(values)}; it must be a list, one for each LoRA of the engine.")
     return tuple(map(_parse_lora_strength, values))
 
 
@@ -99,5 +100,7 @@ def _parse_lora_strength(value: Any) -> LoraStrength:
     if not isinstance(value, tuple | list):
         return check_lora_strength(value)
     if len(value) != 2:
-        raise RequestError(f"a LoRA's strength is {value!r}; it must be one number, or one for each of two passes.")
+        raise RequestError(
+            f"a LoRA's strength is {quote(value)}; it must be one number, or one for each of two passes."
+        )
     return check_lora_strength(value[0]), check_lora_strength(value[1])

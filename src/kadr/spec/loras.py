@@ -12,6 +12,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.lora.file import REFERENCE_DOWNSCALE_KEY, LoraFile
 from kadr.errors import RequestError
 from kadr.models.lora_layers import LoraWeightsByLayer
+from kadr.quoting import quote
 from kadr.spec.lora import Lora, LoraStrength, refuse_merged_twice
 
 
@@ -170,7 +171,7 @@ def parse_loras(loras: Any) -> tuple[Lora, ...]:
         RequestError: they are not a list of LoRAs.
     """
     if not isinstance(loras, list | tuple):
-        raise RequestError(f"loras is {loras!r}; it must be a list, such as [('style.safetensors', 0.8)].")
+        raise RequestError(f"loras is {quote(loras)}; it must be a list, such as [('style.safetensors', 0.8)].")
     return tuple(Lora.parse(value) for value in loras)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 
 # auto: the planner decides. none: all modules stay loaded. stages: each module is unloaded after its stage. blocks:
 # transformer blocks are streamed.
@@ -16,5 +17,5 @@ def check_offload(name: str) -> str:
         RequestError: there is no such mode.
     """
     if name not in OFFLOAD_MODES:
-        raise RequestError(f"offload is {name!r}; it must be one of {', '.join(OFFLOAD_MODES)}.")
+        raise RequestError(f"offload is {quote(name)}; it must be one of {', '.join(OFFLOAD_MODES)}.")
     return name

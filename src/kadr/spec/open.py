@@ -15,6 +15,7 @@ from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.memory.device import explain_dtype, pick_device, pick_dtype
 from kadr.models.registry import LORA, Recipe, Release
 from kadr.quant.weight_formats import NONE, check_weight_format
+from kadr.quoting import quote
 from kadr.spec.known_release import require_known_recipe, warn_unknown_second_release
 from kadr.spec.locate import (
     MODEL,
@@ -128,13 +129,13 @@ def _check_types(options: SpecOptions) -> None:
         if getattr(options, name) is not None:
             check_path(name, getattr(options, name))
     if not isinstance(options.upscaler, str | Path | list | tuple):
-        raise RequestError(f"upscaler is {options.upscaler!r}; it must be a name, a path, or a list of them.")
+        raise RequestError(f"upscaler is {quote(options.upscaler)}; it must be a name, a path, or a list of them.")
     for upscaler in _upscaler_names(options):
         check_path("upscaler", upscaler)
     if not isinstance(options.release, str | None):
-        raise RequestError(f"release is {options.release!r}; it must be the name of a released model, or None.")
+        raise RequestError(f"release is {quote(options.release)}; it must be the name of a released model, or None.")
     if not isinstance(options.recipe, Recipe | None):
-        raise RequestError(f"recipe is {options.recipe!r}; it must be a Recipe, or None for the model's own.")
+        raise RequestError(f"recipe is {quote(options.recipe)}; it must be a Recipe, or None for the model's own.")
 
 
 def _upscaler_names(options: SpecOptions) -> Sequence[str | Path]:

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 
 KEY_VARIABLE = "KADR_ENHANCE_KEY"  # the environment variable that the command line reads the key from
 _COMPLETIONS = "/chat/completions"
@@ -20,7 +21,7 @@ def parse_endpoint_url(url: Any) -> SplitResult:
         RequestError: it is not an http or https URL, or contains a user name.
     """
     if not isinstance(url, str) or not url.isascii() or not url.isprintable() or " " in url:
-        raise RequestError(f"the endpoint is {url!r}, which is not a URL. {_URL_EXAMPLE}")
+        raise RequestError(f"the endpoint is {quote(url)}, which is not a URL. {_URL_EXAMPLE}")
     try:
         parts = urlsplit(url)
         _refuse_user_name(parts)
@@ -30,7 +31,7 @@ def parse_endpoint_url(url: Any) -> SplitResult:
         raise
     except ValueError:  # an invalid port or address
         pass
-    raise RequestError(f"the endpoint is {url!r}, which is not an http or https URL. {_URL_EXAMPLE}")
+    raise RequestError(f"the endpoint is {quote(url)}, which is not an http or https URL. {_URL_EXAMPLE}")
 
 
 def _refuse_user_name(parts: SplitResult) -> None:

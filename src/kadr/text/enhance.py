@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kadr.errors import EnhanceError, KadrWarning, RequestError
+from kadr.quoting import quote
 from kadr.text.chat_completion import (
     MAX_WORDS,
     Redact,
@@ -97,11 +98,13 @@ class Enhancer:
     def __post_init__(self) -> None:
         url = parse_endpoint_url(self.url)
         if self.model is not None and (not isinstance(self.model, str) or not self.model.strip()):
-            raise RequestError(f"the chat model is {self.model!r}; give its name, or leave it out.")
+            raise RequestError(f"the chat model is {quote(self.model)}; give its name, or leave it out.")
         if self.key is not None:
             check_key(self.key, url)
         if not is_number(self.timeout) or not 0 < self.timeout <= MAX_TIMEOUT:
-            raise RequestError(f"the timeout is {self.timeout!r}; it must be above 0 and at most {MAX_TIMEOUT:g} s.")
+            raise RequestError(
+                f"the timeout is {quote(self.timeout)}; it must be above 0 and at most {MAX_TIMEOUT:g} s."
+            )
 
     @property
     def display_url(self) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import CheckpointError, RequestError
+from kadr.quoting import quote
 from kadr.regular_file import open_regular
 from kadr.text.sentencepiece_model import SentencePieceModel, serialize_sentencepiece
 
@@ -125,7 +126,7 @@ def _check_characters(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"The prompt contains half a character, {text[error.start]!r}, at position {error.start}; "
+            f"The prompt contains half a character, {quote(text[error.start])}, at position {error.start}; "
             "it was cut or decoded wrongly before it came here. Send the prompt as UTF-8."
         ) from error
 

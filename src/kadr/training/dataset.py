@@ -86,11 +86,10 @@ def read_dataset(
             problems.append(str(error))
     count = f"{len(problems)} of the {len(media)} clips and images of {dataset_folder}"
     if problems and not skip_broken:
-        raise MediaError(
-            f"{count} cannot be used:{_bullet_list(problems)}\nFix or remove them, or skip them with --skip-broken."
-        )
+        way_out = "Fix or remove them, or skip them with --skip-broken."
+        raise MediaError(f"{count} cannot be used:", details=[*_list_first(problems), way_out])
     if problems:
-        warnings.warn(f"{count} are skipped:{_bullet_list(problems)}", KadrWarning, stacklevel=2)
+        warnings.warn(KadrWarning(f"{count} are skipped:", details=_list_first(problems)), stacklevel=2)
     if not examples:
         suffixes = ", ".join((*CLIP_SUFFIXES, *IMAGE_SUFFIXES))
         raise MediaError(
@@ -120,10 +119,10 @@ def _warn_of_subfolders(folder: Path) -> None:
         )
 
 
-def _bullet_list(problems: Sequence[str]) -> str:
-    """Formats one line per problem, up to `MAX_LISTED_EXAMPLES` of them."""
-    rest = [f"and {len(problems) - MAX_LISTED_EXAMPLES} more"] if len(problems) > MAX_LISTED_EXAMPLES else []
-    return "".join(f"\n  {line}" for line in [*problems[:MAX_LISTED_EXAMPLES], *rest])
+def _list_first(problems: Sequence[str]) -> list[str]:
+    """Returns the first `MAX_LISTED_EXAMPLES` problems, and how many more there are."""
+    rest = len(problems) - MAX_LISTED_EXAMPLES
+    return [*problems[:MAX_LISTED_EXAMPLES], *([f"and {rest} more"] if rest > 0 else [])]
 
 
 def _read_example(path: Path, frames: int, *, references: bool) -> Example:

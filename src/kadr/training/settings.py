@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.shapes import Size, snap_frames
 from kadr.training.objective import SIGMA_DISTRIBUTIONS
 from kadr.training.trainable_lora import TARGET_MODULES
@@ -70,7 +71,7 @@ class TrainingSettings:
             ("references", REFERENCE_SOURCES),
         ):
             if getattr(self, name) not in known:
-                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
+                raise RequestError(f"{name} is {quote(getattr(self, name))}; it must be one of {', '.join(known)}.")
         if snap_frames(self.frames) != self.frames:
             below = max(1, snap_frames(self.frames) - 8)
             raise RequestError(f"frames is {self.frames}; training takes 8k+1 frames of a clip, such as {below}.")

@@ -14,6 +14,7 @@ from kadr.errors import RequestError
 from kadr.models.lora_layers import LoraWeights
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
+from kadr.quoting import quote
 from kadr.sampling.noise import NoiseStreams
 from kadr.training.frozen_linear import freeze_base
 
@@ -66,7 +67,7 @@ def target_layers(config: TransformerConfig, target_modules: str) -> dict[str, t
         RequestError: `target_modules` is not a key of `TARGET_MODULES`.
     """
     if target_modules not in TARGET_MODULES:
-        raise RequestError(f"target_modules is {target_modules!r}; it must be one of {', '.join(TARGET_MODULES)}.")
+        raise RequestError(f"target_modules is {quote(target_modules)}; it must be one of {', '.join(TARGET_MODULES)}.")
     with torch.device("meta"):
         module = Transformer(config)
     return {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
 from kadr.errors import CheckpointError, RequestError
+from kadr.json_reader import parse_json
 from kadr.schema import TRAINING_STATE
 from kadr.training.settings import CHANGEABLE_ON_RESUME
 from kadr.training.trainable_lora import TrainableLoRALinear
@@ -114,7 +115,7 @@ def _restore_tensors(
 def _header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["kadr_training"])
+            header = parse_json((file.metadata() or {})["kadr_training"])
         if not isinstance(header, dict) or not isinstance(header.get("step"), int):
             raise ValueError("its header has no step")
     except Exception as error:  # safetensors raises its own error

@@ -6,7 +6,6 @@ blocks. Widths and layer counts are free; the VAE must be built as one of the th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -19,10 +18,12 @@ from kadr.checkpoints.detect.vae_families import FAMILY_SCHEDULES, find_vae_fami
 from kadr.checkpoints.header import FP8_DTYPES
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
+from kadr.json_reader import parse_json
 from kadr.models.registry import Release
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae.config import BlockConfig, VAEConfig
+from kadr.quoting import quote
 from kadr.regular_file import read_text
 from kadr.sampling.schedules import Schedule
 
@@ -192,7 +193,7 @@ def read_vae_config(config: Mapping[str, Any], folder: Path) -> VAEConfig:
         )
     except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} does not describe an LTX-Video VAE: {error!r}. Use the folder as released."
+            f"{folder / 'config.json'} does not describe an LTX-Video VAE: {quote(error)}. Use the folder as released."
         ) from error
     if find_vae_family(vae) is None:
         raise CheckpointError(
@@ -226,7 +227,7 @@ def parse_schedule(config: Mapping[str, Any], file: Path) -> Schedule:
         return FAMILY_SCHEDULES["0.9.5"]
     _check_required_values(config, SHIFT_REQUIRED, file)
     if config.get("time_shift_type", "exponential") != "exponential":
-        raise CheckpointError(f"{file} shifts by {config['time_shift_type']!r}; kadr knows only 'exponential'.")
+        raise CheckpointError(f"{file} shifts by {quote(config['time_shift_type'])}; kadr knows only 'exponential'.")
     return replace(FAMILY_SCHEDULES["0.9"], shift_terminal=config.get("shift_terminal"))
 
 
@@ -331,7 +332,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, unreadable or not a JSON object.
     """
     try:
-        config = json.loads(read_text(file))
+        config = parse_json(read_text(file))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing. Download the whole folder.") from error
     except (OSError, ValueError) as error:
@@ -344,11 +345,13 @@ def read_json(file: Path) -> dict[str, Any]:
 def _check_required_values(config: Mapping[str, Any], required: Mapping[str, Any], folder: Path) -> None:
     for key, value in required.items():
         if config.get(key, value) != value:
-            raise CheckpointError(f"{folder} has {key} = {config[key]!r} in its config; kadr knows only {value!r}.")
+            raise CheckpointError(
+                f"{folder} has {key} = {quote(config[key])} in its config; kadr knows only {quote(value)}."
+            )
 
 
 def _get_positive_int(config: Mapping[str, Any], key: str, folder: Path) -> int:
     value = config.get(key)
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"{folder} has {key} = {value!r} in its config; it must be a positive whole number.")
+        raise CheckpointError(f"{folder} has {key} = {quote(value)} in its config; it must be a positive whole number.")
     return value

@@ -6,7 +6,6 @@ model computes, an error asks for it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +20,12 @@ from kadr.checkpoints.gguf.header import ARCHITECTURE_KEY, NAME_KEY
 from kadr.checkpoints.header import FP8_DTYPES
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
+from kadr.json_reader import parse_json
 from kadr.models.registry import RELEASES_BY_NAME, Release
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae.config import VAEConfig
+from kadr.quoting import quote
 from kadr.sampling.schedules import Schedule
 
 _T = TypeVar("_T")
@@ -150,13 +151,13 @@ def _is_gguf(source: Source) -> bool:
 def read_header_config(source: Source) -> dict[str, Any]:
     """Parses the config in the official header; returns an empty one where the file has none."""
     try:
-        config = json.loads(source.metadata.get("config", "{}"))
+        config = parse_json(source.metadata.get("config", "{}"))
     except ValueError as error:
         raise CheckpointError(
             f"{source.path}: the config in its header is not JSON: {error}. Use the file as released."
         ) from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{source.path}: the config in its header is {config!r}; it must be a JSON object.")
+        raise CheckpointError(f"{source.path}: the config in its header is {quote(config)}; it must be a JSON object.")
     return config
 
 
@@ -208,7 +209,7 @@ def _parse_config_entry(source: Source, entry: str, parse: Callable[[], _T]) -> 
         raise CheckpointError(f"{source.path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{source.path}: the config in its header has a {entry!r} that cannot be read ({error!r}). "
+            f"{source.path}: the config in its header has a {quote(entry)} that cannot be read ({quote(error)}). "
             "Use the file as released."
         ) from error
 

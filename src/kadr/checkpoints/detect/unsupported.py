@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
+from kadr.json_reader import parse_json
 
 _SUPPORTED_MODELS = "kadr runs LTX-Video 0.9 to 0.9.8 (`kadr models` lists them)."
 T5_KIND = "a T5 text encoder, not a model"
@@ -58,6 +58,6 @@ def refuse_unsupported(source: Source) -> None:
 
 def _class_name(metadata: Mapping[str, str]) -> str:
     try:
-        return str(json.loads(metadata["config"])["transformer"]["_class_name"])
+        return str(parse_json(metadata["config"])["transformer"]["_class_name"])
     except (KeyError, TypeError, ValueError):
         return ""

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kadr.quoting import quote
+
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
@@ -90,7 +92,7 @@ class GGUFParser:
     def compute_data_offset(self, alignment: Any) -> int:
         """Returns the file offset of the tensor data."""
         if alignment not in (2**power for power in range(17)):
-            raise ValueError(f"its tensors are aligned to {alignment!r} bytes, which is not a power of two")
+            raise ValueError(f"its tensors are aligned to {quote(alignment)} bytes, which is not a power of two")
         return -(-self.position // alignment) * alignment
 
     def _read_value(self) -> Any:

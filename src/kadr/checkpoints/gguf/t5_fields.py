@@ -11,6 +11,7 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import TEXT_ENCODER_GGUF
 from kadr.models.t5 import T5Config
+from kadr.quoting import quote
 from kadr.text.sentencepiece_model import UNUSED, SentencePieceModel
 from kadr.text.tokenizer import EOS_ID, PAD_ID, UNKNOWN_ID
 
@@ -60,7 +61,7 @@ def read_gguf_pieces(path: Path) -> SentencePieceModel | None:
     tokens, scores, types = (header.read_array(_TOKENIZER_PREFIX + name) for name in ("tokens", "scores", "token_type"))
     if tokenizer_model != "t5" or tokens is None or scores is None or types is None:
         raise CheckpointError(
-            f"{path} has a tokenizer that is not T5's, or is incomplete (its model is {tokenizer_model!r}). Use "
+            f"{path} has a tokenizer that is not T5's, or is incomplete (its model is {quote(tokenizer_model)}). Use "
             f"another file of the encoder, such as {TEXT_ENCODER_GGUF}."
         )
     try:

@@ -33,6 +33,7 @@ from kadr.errors import CheckpointError, KadrWarning
 from kadr.models.lora_layers import LoraWeights, LoraWeightsByLayer
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
+from kadr.quoting import quote
 
 DIFFUSERS_LORA_FILE = "pytorch_lora_weights.safetensors"
 REFERENCE_DOWNSCALE_KEY = "reference_downscale_factor"  # header of an in-context LoRA: video size / control size
@@ -167,7 +168,8 @@ class LoraFile:
             factor = math.nan
         if not 1 <= factor < math.inf or factor != int(factor):
             raise CheckpointError(
-                f"{self.path}: its header has {REFERENCE_DOWNSCALE_KEY} = {value!r}; it must be a whole number of at "
+                f"{self.path}: its header has {REFERENCE_DOWNSCALE_KEY} = {quote(value)}; it must be a "
+                "whole number of at "
                 "least 1."
             )
         return int(factor)
@@ -387,7 +389,7 @@ def _refuse_unsupported(source: Source) -> None:
             )
     for key, value in source.metadata.items():
         if _BASE_MODEL_KEY.search(key) and _LTX2_NAME.search(value):
-            raise _ltx2_error(source, f"{key} in its header is {value[:60]!r}")
+            raise _ltx2_error(source, f"{key} in its header is {quote(value[:60])}")
 
 
 def _not_a_lora_error(source: Source) -> CheckpointError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -13,6 +12,8 @@ from typing import Any
 from kadr.checkpoints.lora.key_formats import PEFT, strip_prefix, strip_role
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning
+from kadr.json_reader import parse_json
+from kadr.quoting import quote
 from kadr.regular_file import read_text
 from kadr.validation import is_number
 
@@ -86,10 +87,10 @@ def _read_adapter_config(source: Source) -> Mapping[str, Any]:
     config_file = source.path.parent / PEFT_CONFIG_FILE
     try:
         if LORA_ADAPTER_METADATA_KEY in source.metadata:
-            header_config = json.loads(source.metadata[LORA_ADAPTER_METADATA_KEY])
+            header_config = parse_json(source.metadata[LORA_ADAPTER_METADATA_KEY])
             config = {key.removeprefix("transformer."): value for key, value in header_config.items()}
         elif source.path.name == PEFT_WEIGHTS_FILE and config_file.is_file():
-            config = dict(json.loads(read_text(config_file)))
+            config = dict(parse_json(read_text(config_file)))
         else:
             return {}
     except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
@@ -104,13 +105,15 @@ def _refuse_unsupported_options(source: Source, config: Mapping[str, Any]) -> No
     for key in _UNSUPPORTED_OPTIONS:
         if config.get(key):
             raise CheckpointError(
-                f"{source.path}: its config has {key} = {config[key]!r}: more than pairs of matrices, which kadr does "
+                f"{source.path}: its config has {key} = {quote(config[key])}: more than pairs of matrices, "
+                "which kadr does "
                 "not support. Use a LoRA without it."
             )
     initialization = config.get("init_lora_weights")
     if isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING_INITS):
         raise CheckpointError(
-            f"{source.path}: its config has init_lora_weights = {initialization!r}: PEFT changed the base weights when "
+            f"{source.path}: its config has init_lora_weights = {quote(initialization)}: PEFT changed the "
+            "base weights when "
             "training started, so it does not fit the unchanged model. Save it with PEFT's "
             "path_initial_model_for_weight_conversion, which converts it to an ordinary LoRA."
         )

@@ -20,6 +20,7 @@ from kadr.bench.cases import (
 )
 from kadr.bench.text_report import report_lines
 from kadr.cli.terminal.errors import print_stderr, print_stdout
+from kadr.cli.terminal.output import print_lines
 from kadr.errors import RequestError
 
 ALL_STAGES, ALL_VARIANTS = ",".join(BENCH_STAGES), ",".join(DEFAULT_VARIANTS)
@@ -88,4 +89,7 @@ def bench(
     from kadr.bench.benchmark import run_benchmark
 
     results = run_benchmark(selection, models_folder=model_folder, log=print_stderr)
-    print_stdout(json.dumps(results) if json_ else "\n".join(report_lines(results)))
+    if json_:
+        print_stdout(json.dumps(results))
+    else:
+        print_lines(report_lines(results))

@@ -12,6 +12,7 @@ import typer
 
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import print_stdout
+from kadr.cli.terminal.output import print_lines
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
@@ -44,7 +45,10 @@ def inspect(path: Target, release: options.Release = None, as_json: options.Json
         description, lines = _video(path)
     else:
         description, lines = _weights(path, release)
-    print_stdout(json.dumps(description) if as_json else "\n".join(lines))
+    if as_json:
+        print_stdout(json.dumps(description))
+    else:
+        print_lines(lines)
 
 
 def _find_by_name(path: Path) -> Path:

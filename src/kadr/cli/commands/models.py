@@ -11,6 +11,7 @@ import typer
 from kadr.cli.commands import model_info, pull, verify
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import handle_errors, print_stderr, print_stdout
+from kadr.cli.terminal.output import print_lines
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.models.registry import RELEASES, Release
 from kadr.spec.locate import find_release_on_disk
@@ -49,10 +50,10 @@ def list_models(models_dir: options.ModelsDir = None, as_json: options.Json = Fa
         return
     header = ("name", "kind", "version", "bytes", "on disk", "licence")
     rows = [_row(release, entry) for release, entry in zip(RELEASES, entries, strict=True)]
-    print_stdout("\n".join(format_columns([header, *rows])))
+    print_lines(format_columns([header, *rows]))
     if found:
         folder_rows = [("name", "folder", "bytes", "dtype", "state"), *map(_folder_row, found)]
-        print_stdout("\n" + "\n".join(format_columns(folder_rows)))
+        print_lines(["", *format_columns(folder_rows)])
     print_stderr(MODELS_EPILOG)
 
 

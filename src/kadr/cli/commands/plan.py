@@ -17,6 +17,7 @@ from kadr.cli.flags.request import (
 )
 from kadr.cli.output_path import refuse_missing_media
 from kadr.cli.terminal.errors import print_stdout
+from kadr.cli.terminal.output import print_lines
 
 PLAN_EPILOG = "The flags are those of `kadr generate`. Nothing is loaded or fetched: the model need not be on disk."
 
@@ -40,4 +41,7 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     if flags.output.calibrate:
         run.calibrate(engine)
     video_plan = engine.plan(request).with_startup()
-    print_stdout(json.dumps(video_plan.to_json()) if flags.output.json else video_plan)
+    if flags.output.json:
+        print_stdout(json.dumps(video_plan.to_json()))
+    else:
+        print_lines(str(video_plan).split("\n"))

@@ -10,6 +10,7 @@ from kadr.checkpoints import hub
 from kadr.cli.commands.verify import Name, require_intact, verify_entry
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import print_stderr, print_stdout
+from kadr.cli.terminal.output import print_path
 from kadr.cli.terminal.table import format_si
 from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import fetch_release, find_release_on_disk
@@ -46,7 +47,8 @@ def pull(name: Name, as_json: options.Json = False) -> None:
         ]
         print_stdout(json.dumps({"name": name, "files": files}))
     else:
-        print_stdout("\n".join(map(str, paths.values())))
+        for path in paths.values():
+            print_path(path)
 
 
 def _announce(entries: Sequence[Release], to_fetch: Mapping[Release, Sequence[RemoteFile]]) -> None:

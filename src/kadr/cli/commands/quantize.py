@@ -14,7 +14,8 @@ import typer
 from kadr.cli.flags import options
 from kadr.cli.flags.parse import check_one_of
 from kadr.cli.input_path import find_input
-from kadr.cli.terminal.errors import print_stderr, print_stdout
+from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.output import print_path
 from kadr.cli.terminal.progress import report_tensors, show_progress
 from kadr.cli.terminal.table import format_si
 from kadr.errors import RequestError
@@ -32,6 +33,7 @@ QUANTIZE_EPILOG = (
 EXAMPLE_PROMPT = "a red circle moving right on a black background"  # in the command that is printed
 EXAMPLE_MODEL = "ltxv-2b-0.9.8-distilled"  # the smallest of those with the released text encoder
 SUFFIX = ".gguf"
+MAX_NOTE = 5000  # characters: a command that is to be copied is not cut
 Input = Annotated[
     str,
     typer.Argument(
@@ -64,8 +66,9 @@ def quantize(source: Input, output: Output, type: Type, release: options.Release
         result, notes = _write_quantized(path, known_release, output, find_mix(type), report_tensors("quantize", watch))
     types = ", ".join(f"{name} ({count})" for name, count in result.type_counts.items())
     print_stderr(f"{format_si(result.source_bytes)} bytes before, {format_si(result.output_bytes)} now: {types}")
-    print_stderr("\n".join(notes))
-    print_stdout(output, outcome=f"{output} is written, but its path could not be printed:")
+    for note in notes:
+        print_stderr(note, limit=MAX_NOTE)
+    print_path(output, outcome=f"{output} is written, but its path could not be printed:")
 
 
 def _refuse_release(release: Release) -> None:

@@ -11,6 +11,7 @@ import typer
 from kadr.cli import run
 from kadr.cli.flags import options, parse
 from kadr.cli.terminal.errors import print_stderr, print_stdout
+from kadr.cli.terminal.output import print_path
 from kadr.cli.terminal.progress import format_duration, show_progress
 from kadr.errors import Cancelled, MediaError
 
@@ -180,4 +181,7 @@ def _print_result(result: TrainingResult, seconds: float, *, as_json: bool) -> N
         "seconds": round(seconds, 3),
     }
     outcome = f"the LoRA is written to {result.path}, but its path could not be printed:"
-    print_stdout(json.dumps(report) if as_json else result.path, outcome=outcome)
+    if as_json:
+        print_stdout(json.dumps(report), outcome=outcome)
+    else:
+        print_path(result.path, outcome=outcome)

@@ -13,6 +13,7 @@ from kadr.checkpoints import hub
 from kadr.checkpoints.verify import ABSENT, DAMAGED, UNVERIFIED, FileVerification, verify_files
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import print_stdout
+from kadr.cli.terminal.output import print_lines
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.errors import CheckpointError
 from kadr.models.registry import Release, find_release, required_releases
@@ -20,6 +21,7 @@ from kadr.spec.locate import PACKAGE_ROOT
 
 VERIFY_EPILOG = "Needs no network where the cache is made of links, as it is everywhere but on most Windows machines."
 SIZE_TOLERANCE = 0.01  # sizes in the registry may be off by this share
+MAX_FAULTS = 2000  # characters: paths and checksums are there to be copied
 READABLE = "opens"  # the state of a file that came with kadr: the hub has no checksum for it
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name that `kadr models` lists.", show_default=False)]
 
@@ -41,7 +43,7 @@ def verify(name: Name, as_json: options.Json = False) -> None:
         print_stdout(json.dumps({"name": name, "files": [_to_json(result) for result in results]}))
     else:
         rows = [("file", "of", "state"), *((file.name, entry.name, file.state) for entry, file in results)]
-        print_stdout("\n".join(format_columns(rows)))
+        print_lines(format_columns(rows))
     require_intact(results, required_name=name)
 
 
@@ -66,7 +68,7 @@ def require_intact(results: Sequence[Result], *, required_name: str = "") -> Non
         CheckpointError: a file is damaged, absent though it may not be, or could not be compared.
     """
     if faults := [_describe_fault(result) for result in results if result.file.state in (DAMAGED, UNVERIFIED)]:
-        raise CheckpointError(" ".join(faults))
+        raise CheckpointError(" ".join(faults), limit=MAX_FAULTS)
     if any(entry.name == required_name and file.state == ABSENT for entry, file in results):
         raise CheckpointError(
             f"{required_name} is not on disk, or not all of it. `kadr models pull {required_name}` fetches it."

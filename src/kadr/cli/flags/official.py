@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import typer
 
 from kadr.cli.flags.groups import GroupedCommand
+from kadr.quoting import quote
 from kadr.request.inputs import CLIP_SUFFIXES
 
 ALIASES: Mapping[str, str] = {
@@ -110,7 +111,7 @@ def translate_official(args: Sequence[str]) -> list[str]:
             translated.append(ALIASES.get(word, word))
     if prompts and positional:
         raise typer.BadParameter(
-            f"a prompt is given as {positional[0]!r} too; give only one of the two.", param_hint=PROMPT_FLAG
+            f"a prompt is given as {quote(positional[0])} too; give only one of the two.", param_hint=PROMPT_FLAG
         )
     final_args = [SEPARATOR.join(prompts)] if prompts else positional
     return [*translated, *_size(sides), *_media(lists), *(["--", *final_args] if final_args else [])]
@@ -149,7 +150,7 @@ def _refuse_malformed_strength(rest: list[str]) -> None:
     """Refuses a malformed strength: a prompt does not look like one."""
     if rest and _STRENGTH_LIKE.fullmatch(rest[0]):
         raise typer.BadParameter(
-            f"{rest[0]!r} is not a strength: write PATH, a number such as 0.8 and, for a second pass, another.",
+            f"{quote(rest[0])} is not a strength: write PATH, a number such as 0.8 and, for a second pass, another.",
             param_hint=LORA_FLAG,
         )
 

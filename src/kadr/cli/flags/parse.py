@@ -10,6 +10,7 @@ import typer
 
 from kadr.cli.flags.official import BOX_PREFIX, SEPARATOR
 from kadr.errors import RequestError
+from kadr.quoting import quote
 from kadr.request.inputs import CONTROL_KINDS, READY, Condition, Control
 from kadr.request.request import AUTO_SIZE
 from kadr.sampling.settings import BlockIndices, ScalarOrList
@@ -22,7 +23,7 @@ _LIST_SEPARATOR = re.compile("[/;]")
 def check_one_of(flag: str, value: str, choices: Sequence[str]) -> None:
     """Refuses a value that is not one of the choices."""
     if value not in choices:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.", param_hint=flag)
+        raise typer.BadParameter(f"{quote(value)} is not one of {', '.join(choices)}.", param_hint=flag)
 
 
 def size(text: str | None) -> Size | None:
@@ -43,7 +44,7 @@ def floats(flag: str, text: str | None) -> tuple[float, ...] | None:
     try:
         return None if text is None else tuple(float(number) for number in text.split(","))
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1.0,0.9.", param_hint=flag) from error
+        raise typer.BadParameter(f"{quote(text)} is not a list of numbers such as 1.0,0.9.", param_hint=flag) from error
 
 
 def numbers(flag: str, text: str | None) -> ScalarOrList | None:
@@ -62,7 +63,7 @@ def blocks(flag: str, text: str | None) -> BlockIndices | None:
         )
     except ValueError as error:
         raise typer.BadParameter(
-            f"{text!r} is not a list of blocks such as 11,25, nor lists with / between them.", param_hint=flag
+            f"{quote(text)} is not a list of blocks such as 11,25, nor lists with / between them.", param_hint=flag
         ) from error
     return lists[0] if len(lists) == 1 else lists
 
@@ -75,7 +76,10 @@ def condition(flag: str, text: str) -> Condition:
     try:
         frame_index, strength_value = int(frame), float(strength)
     except ValueError as error:
-        message = f"frame {frame!r} and strength {strength!r} must be a whole number and a number: PATH FRAME STRENGTH."
+        message = (
+            f"frame {quote(frame)} and strength {quote(strength)} must be a whole number and a "
+            "number: PATH FRAME STRENGTH."
+        )
         raise typer.BadParameter(message, param_hint=flag) from error
     if flag != "--video":
         return Condition(media=absolute_path(path), frame=frame_index, strength=strength_value, box=box)
@@ -97,13 +101,15 @@ def control(text: str) -> Control:
     elif kind not in CONTROL_KINDS:
         if kind.isalpha() and len(kind) > 1:  # looks like an unknown kind, unless it is a drive letter
             raise typer.BadParameter(
-                f"{kind!r} is not a kind of control: give one of {', '.join(CONTROL_KINDS)}, or a path alone.",
+                f"{quote(kind)} is not a kind of control: give one of {', '.join(CONTROL_KINDS)}, or a path alone.",
                 param_hint="--control",
             )
         kind, path = READY, text
     path, frame_range = _split_frame_range("--control", path)
     if not path:
-        raise typer.BadParameter(f"{text!r} names no clip; write KIND:PATH, or a path alone.", param_hint="--control")
+        raise typer.BadParameter(
+            f"{quote(text)} names no clip; write KIND:PATH, or a path alone.", param_hint="--control"
+        )
     return Control(media=absolute_path(path), kind=kind, frame_range=frame_range)
 
 
@@ -130,7 +136,8 @@ def _split_frame_range(flag: str, text: str) -> tuple[str, tuple[int | None, int
     match = _FRAME_RANGE.fullmatch(range_text)
     if match is None or "-" in match.groups():
         raise typer.BadParameter(
-            f"{range_text!r} is not a range of frames; write the first frame, a colon and the frame it ends before, "
+            f"{quote(range_text)} is not a range of frames; write the first frame, a colon and the frame it "
+            "ends before, "
             f"such as {path}#0:25, or {path}#-25: for the last 25.",
             param_hint=flag,
         )

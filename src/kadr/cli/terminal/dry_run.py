@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.pipeline.dry_run import DryRun
+from kadr.quoting import escape
 from kadr.request.inputs import Condition
 from kadr.request.passes import ResolvedPass
 from kadr.request.windows import Windows
@@ -17,7 +18,7 @@ from kadr.spec.locate import ModelComponent
 
 def format_dry_run(dry_run: DryRun, *, as_json: bool) -> str:
     """Returns the dry run as text, or as one JSON object."""
-    return json.dumps(dry_run.to_json()) if as_json else "\n".join(_lines(dry_run))
+    return json.dumps(dry_run.to_json()) if as_json else "\n".join(escape(line) for line in _lines(dry_run))
 
 
 def _lines(dry_run: DryRun) -> Iterator[str]:

@@ -15,15 +15,20 @@ import typer
 
 from kadr.cli.terminal.signals import CANCELLED, EXIT_CANCELLED
 from kadr.errors import Cancelled, KadrError, KadrWarning
+from kadr.quoting import MAX_LINE, MAX_QUOTED, one_line, show
 
+MAX_ERROR_LINE = 499  # characters: a message and the "error: " before it
 EXIT_ERROR = 1  # bad usage is 2, typer's own code
 DEBUG_VARIABLE = "KADR_DEBUG"  # environment variable: any value but "" and 0 shows tracebacks
 
 
-def print_stderr(line: str) -> None:
-    """Prints a message to stderr; stdout is for data. A message that cannot be printed is no reason to stop."""
+def print_stderr(line: str, *, limit: int = MAX_LINE) -> None:
+    """Prints a message to stderr, escaped and cut to `limit` characters; stdout is for data.
+
+    A message that cannot be printed is no reason to stop.
+    """
     with suppress(OSError):
-        print(line, file=sys.stderr)
+        print(one_line(line, limit), file=sys.stderr)
 
 
 def print_stdout(result: object, *, outcome: str = "") -> None:
@@ -36,8 +41,15 @@ def print_stdout(result: object, *, outcome: str = "") -> None:
         KadrError: stdout cannot be written, as on a full disk.
         BrokenPipeError: whoever read stdout has closed it.
     """
-    try:
+    with writing_stdout(outcome):
         print(result, flush=True)
+
+
+@contextmanager
+def writing_stdout(outcome: str = "") -> Iterator[None]:
+    """Explains where the block cannot write to stdout; arguments and errors as for `print_stdout`."""
+    try:
+        yield
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
@@ -63,17 +75,31 @@ def handle_errors() -> Iterator[None]:
             raise _exit(error, CANCELLED, EXIT_CANCELLED) from error
         except KadrError as error:
             raise _exit(error, f"error: {error}", EXIT_ERROR) from error
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        except OSError as error:
+            if error.errno == errno.EPIPE:
                 raise  # the reader of stdout has closed it: typer exits quietly
+            raise _exit(error, f"error: {_os_error_message(error)}", EXIT_ERROR) from error
+        except Exception as error:
             raise _exit(error, _unexpected_message(error), EXIT_ERROR) from error
 
 
-def _exit(error: BaseException, line: str, code: int) -> typer.Exit:
+def _exit(error: BaseException, message: str, code: int) -> typer.Exit:
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         traceback.print_exception(error)
-    print_stderr(line)
+    limit = MAX_ERROR_LINE if not isinstance(error, KadrError) else len(message)  # those are cut already
+    for line in message.split("\n"):
+        print_stderr(line, limit=limit)
     return typer.Exit(code)
+
+
+def _os_error_message(error: OSError) -> str:
+    """Says which file the system refused, and why."""
+    if error.errno == errno.ENAMETOOLONG:
+        return (
+            f"the name {show(error.filename)} is too long for a file: most systems allow 255 bytes. Use a shorter one."
+        )
+    subject = "a file" if error.filename is None else show(error.filename, 2 * MAX_QUOTED)
+    return f"{subject} cannot be used: {error.strerror or error}. Check the path, its permissions and the free space."
 
 
 def _unexpected_message(error: Exception) -> str:
@@ -92,7 +118,7 @@ def _print_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, KadrWarning):
-            print_stderr(f"warning: {' '.join(str(message).split())}")
+            print_stderr(f"warning: {' '.join(str(message).split())}", limit=MAX_ERROR_LINE)
         else:
             original_showwarning(message, category, *args, **kwargs)
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from kadr.quoting import show
+
+MAX_CELL = 500  # characters; a longer value is in the output of --json
+
 
 def format_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Aligns rows of equal length to the left, two spaces apart."""
+    """Aligns rows of equal length to the left, two spaces apart. Cells are escaped and cut to `MAX_CELL` characters."""
+    rows = [[show(cell, MAX_CELL) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

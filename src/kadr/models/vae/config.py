@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from kadr.errors import CheckpointError
+from kadr.quoting import quote
 
 Strides = tuple[int, int, int]  # over frames, rows, columns
 
@@ -66,7 +67,7 @@ class BlockConfig:
         kind, detail = entry
         if kind not in allowed_kinds:
             known = ", ".join(allowed_kinds)
-            raise CheckpointError(f"the VAE's {list_name} contain a block {kind!r}; known are {known}.")
+            raise CheckpointError(f"the VAE's {list_name} contain a block {quote(kind)}; known are {known}.")
         detail = _read_detail(kind, detail)
         default_multiplier = 2 if kind == "res_x_y" or kind.endswith("_res") else 1
         block = cls(
@@ -78,7 +79,7 @@ class BlockConfig:
         )
         if detail:
             unknown = ", ".join(detail)
-            raise CheckpointError(f"the VAE's {list_name} set {unknown} on {kind!r}, which kadr does not know.")
+            raise CheckpointError(f"the VAE's {list_name} set {unknown} on {quote(kind)}, which kadr does not know.")
         return block
 
     def to_header(self) -> list[Any]:
@@ -133,7 +134,7 @@ class VAEConfig:
         for key, value in VAE_FIXED_VALUES.items():
             found = header.get(key, None if key in REQUIRED_KEYS else value)
             if found != value:
-                raise CheckpointError(f"the VAE's header has {key} = {found!r}; kadr knows only {value!r}.")
+                raise CheckpointError(f"the VAE's header has {key} = {quote(found)}; kadr knows only {quote(value)}.")
         shared = header.get("blocks", ())
         encoder, decoder = header.get("encoder_blocks", shared), header.get("decoder_blocks", shared)
         return cls(

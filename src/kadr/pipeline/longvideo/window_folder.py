@@ -23,7 +23,9 @@ from torch import Tensor
 from kadr.cancellation import remove_if_ended
 from kadr.checkpoints.save import atomic_path, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
+from kadr.json_reader import parse_json
 from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock
+from kadr.quoting import quote
 from kadr.schema import WINDOW_FOLDER, upgrade_video_metadata
 
 REQUEST_FILE = "request.json"
@@ -175,7 +177,7 @@ def _write_request_file(folder: Path, data: Mapping[str, Any]) -> None:
 def _read_kernels(folder: Path) -> dict[str, str]:
     """Returns the kernels that computed the stored windows; {} where none were recorded."""
     try:
-        kernels = json.loads((folder / REQUEST_FILE).read_text("utf-8")).get(_KERNELS_KEY)
+        kernels = parse_json((folder / REQUEST_FILE).read_text("utf-8")).get(_KERNELS_KEY)
     except (OSError, ValueError, AttributeError):
         return {}
     return kernels if isinstance(kernels, dict) else {}
@@ -265,7 +267,7 @@ def _read_identity(folder: Path) -> dict[str, Any]:
     """
     file = folder / REQUEST_FILE
     try:
-        stored = json.loads(file.read_text("utf-8"))
+        stored = parse_json(file.read_text("utf-8"))
         if not isinstance(stored, dict):
             raise ValueError("it is not a JSON object")
         identity = WINDOW_FOLDER.upgrade(stored, file).get(_VIDEO_KEY)
@@ -283,4 +285,4 @@ def _differences(stored: Any, requested: Any, name: str = "") -> Iterator[tuple[
             inner = key if name in ("", "request") else f"{name}.{key}"
             yield from _differences(stored.get(key), requested.get(key), inner)
     elif stored != requested:
-        yield name, f"{stored!r} there and {requested!r} now"
+        yield name, f"{quote(stored)} there and {quote(requested)} now"

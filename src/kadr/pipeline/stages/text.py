@@ -16,10 +16,9 @@ from kadr.pipeline.modules import Modules
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
+from kadr.quoting import quote
 from kadr.sampling.guidance import PromptEmbeddings
 from kadr.text.tokenizer import PromptTokens, Tokenizer
-
-MAX_QUOTED_CHARACTERS = 80  # characters of a prompt that a warning quotes
 
 
 class PromptEncoder:
@@ -91,8 +90,8 @@ class PromptEncoder:
         tokens = self.tokenizer.encode(text)
         if tokens.truncated_text:
             warnings.warn(
-                f"the prompt {_shorten(text)!r} is longer than {tokens.ids.shape[1]} tokens; truncated: "
-                f"{_shorten(tokens.truncated_text)!r}",
+                f"the prompt {quote(text)} is longer than {tokens.ids.shape[1]} tokens; truncated: "
+                f"{quote(tokens.truncated_text)}",
                 KadrWarning,
                 stacklevel=2,
             )
@@ -115,12 +114,3 @@ def _pad(tokens: PromptTokens, embeddings: Tensor, device: torch.device) -> Prom
     padded = embeddings.new_zeros(*tokens.ids.shape, embeddings.shape[1])
     padded[tokens.mask] = embeddings
     return PromptEmbeddings(padded.to(device), tokens.mask.to(device))
-
-
-def _shorten(text: str) -> str:
-    """Returns a text's start and end, if it is longer than `MAX_QUOTED_CHARACTERS`."""
-    return (
-        text
-        if len(text) <= MAX_QUOTED_CHARACTERS
-        else f"{text[: MAX_QUOTED_CHARACTERS // 2]} ... {text[-MAX_QUOTED_CHARACTERS // 2 :]}"
-    )

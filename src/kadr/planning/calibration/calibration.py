@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from math import exp, log
 from typing import Any, TypeVar
 
+from kadr.quoting import quote
+
 T = TypeVar("T")
 
 # Kernels of a transformer's layers: plain weights, prepacked ones, 8-bit products.
@@ -217,5 +219,5 @@ def _curves_from_json(data: Mapping[str, Any]) -> dict[int, Curve]:
 def _positive(value: Any) -> float:
     number = float(value)
     if not 0 < number < float("inf"):
-        raise ValueError(f"{value!r} is not a positive number")
+        raise ValueError(f"{quote(value)} is not a positive number")
     return number

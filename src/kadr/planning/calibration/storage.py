@@ -18,6 +18,7 @@ import torch
 from kadr.cache_home import cache_home
 from kadr.checkpoints.save import atomic_path
 from kadr.errors import CheckpointError
+from kadr.json_reader import parse_json
 from kadr.kernels import mode
 from kadr.memory.cpu import cpu_model
 from kadr.planning.calibration.calibration import Calibration
@@ -60,7 +61,7 @@ def calibration_file(dtype: torch.dtype, device: torch.device) -> Path:
 def load_calibration(dtype: torch.dtype, device: torch.device) -> Calibration | None:
     """Returns the stored calibration of this machine; None if there is none that can be read."""
     try:
-        data = json.loads(calibration_file(dtype, device).read_text("utf-8"))
+        data = parse_json(calibration_file(dtype, device).read_text("utf-8"))
         if data[_SCHEMA_KEY] != CALIBRATION_NUMBER or data[_MACHINE_KEY] != describe_target(dtype, device):
             return None
         return Calibration.from_json(data)
