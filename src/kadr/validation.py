@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from kadr.errors import RequestError
+from kadr.errors import CheckpointError, RequestError
 from kadr.quoting import quote
 
 
@@ -26,7 +26,7 @@ def check_range(
             f"{name} is {quote(value)}; it must be a {'whole number' if is_whole else 'number'} {limits}."
         )
     if not minimum <= value <= maximum:
-        raise RequestError(f"{name} is {value}; it must lie {limits}.")
+        raise RequestError(f"{name} is {quote(value)}; it must lie {limits}.")
 
 
 def is_number(value: Any) -> bool:
@@ -37,6 +37,39 @@ def is_number(value: Any) -> bool:
 def is_whole_number(value: Any) -> bool:
     """Tells whether a value is an integer; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_config_count(component: str, key: str, value: Any, maximum: int, minimum: int = 1) -> None:
+    """Refuses a size in a config of a checkpoint that no weights can have, before anything is built from it.
+
+    Args:
+        component: noun for the component that has the config.
+
+    Raises:
+        CheckpointError: it is not a whole number in [minimum, maximum].
+    """
+    if not is_whole_number(value) or not minimum <= value <= maximum:
+        raise CheckpointError(
+            f"the {component} has {key} = {quote(value)}; it must be a whole number between {minimum} and {maximum}. "
+            "Use the file as released."
+        )
+
+
+def check_config_number(component: str, key: str, value: Any, maximum: float) -> None:
+    """Refuses what is not a number above 0 and up to `maximum`, as `check_config_count` does."""
+    if not is_number(value) or not 0 < value <= maximum:
+        raise CheckpointError(
+            f"the {component} has {key} = {quote(value)}; it must be a number above 0, at most {maximum:g}. Use the "
+            "file as released."
+        )
+
+
+def check_config_flag(component: str, key: str, value: Any) -> None:
+    """Refuses what is neither true nor false, as `check_config_count` does."""
+    if not isinstance(value, bool):
+        raise CheckpointError(
+            f"the {component} has {key} = {quote(value)}; it must be true or false. Use the file as released."
+        )
 
 
 def check_bool(name: str, value: Any) -> None:

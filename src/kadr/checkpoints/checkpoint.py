@@ -14,7 +14,7 @@ from kadr.checkpoints.detect.single_file import CheckpointInfo, detect_single_fi
 from kadr.checkpoints.detect.split import TEXT_ENCODER_COMPONENT, split_components
 from kadr.checkpoints.detect.upscaler import MODEL_KIND
 from kadr.checkpoints.gguf.origins import TEXT_ENCODER_FIELD, VAE_FIELD, ComponentOrigin
-from kadr.checkpoints.load import load_transformer, load_upscaler, load_vae
+from kadr.checkpoints.load import account_upscaler, account_vae, load_transformer, load_upscaler, load_vae
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import MODEL_RELEASES, Release
@@ -152,6 +152,22 @@ class Checkpoint:
         if self.info.upscaler is None:
             raise self.missing_component_error("upscaler")
         return load_upscaler(self.info.upscaler, self.sources["upscaler"], dtype=dtype)
+
+    def account_late_components(self) -> None:
+        """Checks from the header that VAE and upscaler have the tensors of their configs.
+
+        They are loaded after denoising, which is late to find that the file does not fit. Predicted ones fit.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected or of another shape.
+        """
+        if not self.is_on_disk:
+            return
+        if self.info.vae is not None:
+            family = self.info.vae_family if self._is_diffusers else None
+            account_vae(self.info.vae, self.sources["vae"], diffusers_vae_family=family)
+        if self.info.upscaler is not None:
+            account_upscaler(self.info.upscaler, self.sources["upscaler"])
 
     def describe(self) -> CheckpointDescription:
         """Describes the checkpoint from its header."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,9 @@ from kadr.models.vae import VAE, VAEConfig
 from kadr.nn.linear import Linear
 from kadr.quant.convert import in_block, replace_module, wrap_stored_weight
 from kadr.quant.layers import Scratch
+from kadr.quoting import show
 
+_Module = TypeVar("_Module", bound=nn.Module)
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _T5_EMBEDDING_KEY = "shared.weight"
 _WEIGHT_SUFFIX = ".weight"
@@ -215,11 +217,46 @@ def load_transformer(
         source: its tensors, under file keys without prefix.
         is_diffusers: the file keys are those of a diffusers folder.
     """
-    with torch.device("meta"):
-        module = Transformer(config)
+    module = _build_on_meta(lambda: Transformer(config), source)
     key_map = map_keys(TRANSFORMER_KEYS, module.state_dict(), is_diffusers=is_diffusers)
     load_weights(module, source, key_map, dtype=dtype, keep_storage_dtype=keep_storage_dtype)
     return module
+
+
+def account_vae(
+    config: VAEConfig, source: Source, *, diffusers_vae_family: str | None = None
+) -> tuple[VAE, dict[str, str]]:
+    """Checks from the header alone that a source has the tensors of a VAE; arguments and errors as in `load_vae`.
+
+    Returns:
+        The VAE on the meta device, and kadr key -> file key.
+    """
+    module = _build_on_meta(lambda: VAE(config), source)
+    is_diffusers = diffusers_vae_family is not None
+    key_map = map_keys(
+        VAE_KEYS, module.state_dict(), is_diffusers=is_diffusers, diffusers_vae_family=diffusers_vae_family
+    )
+    account(module, source, key_map, ignored_keys=() if is_diffusers else VAE_UNUSED_KEYS)
+    return module, key_map
+
+
+def account_upscaler(config: UpscalerConfig, source: Source) -> tuple[LatentUpscaler, dict[str, str]]:
+    """Checks from the header alone that a source has the tensors of an upscaler; returns as `account_vae`."""
+    module = _build_on_meta(lambda: LatentUpscaler(config), source)
+    key_map = map_keys(UPSCALER_KEYS, module.state_dict())
+    account(module, source, key_map)
+    return module, key_map
+
+
+def _build_on_meta(build: Callable[[], _Module], source: Source) -> _Module:
+    try:
+        with torch.device("meta"):
+            return build()
+    except (ValueError, RuntimeError, ArithmeticError, KeyError) as error:
+        raise CheckpointError(
+            f"{source.path}: the config in its header is of no module that can be built: {show(error, 200)}. Use the "
+            "file as released."
+        ) from error
 
 
 def load_vae(
@@ -241,13 +278,7 @@ def load_vae(
     Raises:
         CheckpointError: see `load_weights`.
     """
-    with torch.device("meta"):
-        module = VAE(config)
-    is_diffusers = diffusers_vae_family is not None
-    key_map = map_keys(
-        VAE_KEYS, module.state_dict(), is_diffusers=is_diffusers, diffusers_vae_family=diffusers_vae_family
-    )
-    account(module, source, key_map, ignored_keys=() if is_diffusers else VAE_UNUSED_KEYS)
+    module, key_map = account_vae(config, source, diffusers_vae_family=diffusers_vae_family)
     for half, is_wanted in (("encoder", with_encoder), ("decoder", with_decoder)):
         if not is_wanted:
             setattr(module, half, None)
@@ -267,9 +298,8 @@ def load_upscaler(
     Raises:
         CheckpointError: see `load_weights`.
     """
-    with torch.device("meta"):
-        module = LatentUpscaler(config)
-    load_weights(module, source, map_keys(UPSCALER_KEYS, module.state_dict()), dtype=dtype)
+    module, key_map = account_upscaler(config, source)
+    assign(module, source, key_map, dtype=dtype)
     return module
 
 
@@ -290,8 +320,7 @@ def load_text_encoder(
     Raises:
         CheckpointError: see `load_weights`.
     """
-    with torch.device("meta"):
-        module = T5Encoder(config)
+    module = _build_on_meta(lambda: T5Encoder(config), source)
     (tied_key,) = T5_UNUSED_KEYS
     if tied_key in source.infos and _T5_EMBEDDING_KEY not in source.infos:  # some writers keep only the tied key
         source = source.rename_tensors({_T5_EMBEDDING_KEY if name == tied_key else name: name for name in source.infos})

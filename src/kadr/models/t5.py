@@ -31,6 +31,17 @@ _FIXED_HEADER_VALUES = {
     "dense_act_fn": "gelu_new",
     "is_gated_act": True,
 }
+# Largest sizes in a config, several times those of T5 XXL.
+_MAX_SIZES = {
+    "vocab_size": 1 << 20,
+    "d_model": 1 << 15,
+    "num_layers": 256,
+    "num_heads": 512,
+    "d_kv": 1024,
+    "d_ff": 1 << 17,
+    "relative_attention_num_buckets": 128,
+    "relative_attention_max_distance": 4096,
+}
 _REQUIRED_KEYS = ("model_type", "feed_forward_proj")
 
 
@@ -66,6 +77,8 @@ class T5Config:
             value, kind = getattr(self, field.name), float if field.name == "layer_norm_epsilon" else int
             if type(value) is not kind or not 0 < value < math.inf:
                 _refuse(field.name, value, f"a positive {'number' if kind is float else 'whole number'}")
+            if value > (maximum := _MAX_SIZES.get(field.name, 1)):
+                _refuse(field.name, value, f"at most {maximum}")
         if self.relative_attention_num_buckets % 4:
             _refuse(
                 "relative_attention_num_buckets",

@@ -28,6 +28,7 @@ from kadr.quoting import quote
 from kadr.sampling.guidance import Perturbation
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.sampling.step_cache import ResidualCache
+from kadr.validation import check_config_count, check_config_flag, check_config_number
 
 # Keys of the header that change what is computed, with the only value released weights use.
 TRANSFORMER_FIXED_VALUES: Mapping[str, Any] = {
@@ -46,6 +47,10 @@ TRANSFORMER_FIXED_VALUES: Mapping[str, Any] = {
     "positional_embedding_type": "rope",
     "timestep_scale_multiplier": 1000,
 }
+# Largest sizes in a config, several times those of the released 13B: a larger one is damage or an attack.
+_MAX_SIZES = {"num_layers": 256, "num_heads": 256, "head_dim": 1024, "caption_channels": 1 << 16, "in_channels": 4096}
+_MAX_ROPE_VALUE = 1e9
+_ROPE_AXES = ("seconds of rope_max_positions", "height of rope_max_positions", "width of rope_max_positions")
 # STG modes that perturb a block's self-attention -> what replaces the output of that attention.
 PERTURBED_VALUES = {ATTENTION_VALUES: PERTURB_TO_VALUES, ATTENTION_SKIP: PERTURB_TO_INPUT}
 # Tokens of all samples. For more of them, computation on a GPU takes longer than kernel launches on the host.
@@ -75,6 +80,11 @@ class TransformerConfig:
     causal_temporal_positioning: bool = True
 
     def __post_init__(self) -> None:
+        for name, maximum in _MAX_SIZES.items():
+            check_config_count("transformer", name, getattr(self, name), maximum)
+        for name, value in (("rope_theta", self.rope_theta), *zip(_ROPE_AXES, self.rope_max_positions, strict=True)):
+            check_config_number("transformer", name, value, _MAX_ROPE_VALUE)
+        check_config_flag("transformer", "causal_temporal_positioning", self.causal_temporal_positioning)
         if self.width < 6 or self.width % 2:
             raise CheckpointError(
                 f"a transformer of width {self.width} has no room for RoPE over three axes; "
@@ -105,13 +115,15 @@ class TransformerConfig:
             head_dim=header["attention_head_dim"],
             caption_channels=header["caption_channels"],
             in_channels=header["in_channels"],
-            rope_theta=float(header.get("positional_embedding_theta", 10000.0)),
-            rope_max_positions=(float(seconds), float(down), float(right)),
-            causal_temporal_positioning=bool(header.get("causal_temporal_positioning", False)),
+            rope_theta=header.get("positional_embedding_theta", 10000.0),
+            rope_max_positions=(seconds, down, right),
+            causal_temporal_positioning=header.get("causal_temporal_positioning", False),
         )
         for key, value in (("cross_attention_dim", config.width), ("out_channels", config.in_channels)):
             if header.get(key, value) != value:
-                raise CheckpointError(f"the transformer's header has {key} = {header[key]}; kadr expects {value}.")
+                raise CheckpointError(
+                    f"the transformer's header has {key} = {quote(header[key])}; kadr expects {value}."
+                )
         return config
 
     def to_header(self) -> dict[str, Any]:

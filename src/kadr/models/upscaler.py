@@ -15,11 +15,13 @@ from kadr.errors import CheckpointError
 from kadr.models.vae.blocks import depth_to_space
 from kadr.models.vae.config import Strides
 from kadr.quoting import quote
+from kadr.validation import check_config_count, check_config_flag
 
 NORM_GROUPS = 32  # groups of every GroupNorm
 OFFICIAL_CLASS_NAME = "LatentUpsampler"
 # Keys of the header. `in_channels`, `mid_channels` and `dims` have no default: its readers do not agree on one.
 _SIZE_KEYS = ("in_channels", "mid_channels", "num_blocks_per_stage")
+_MAX_SIZES = {"in_channels": 4096, "mid_channels": 1 << 14, "num_blocks_per_stage": 64}  # several times the released
 _FLAG_KEYS = ("spatial_upsample", "temporal_upsample")
 _DEFAULTS: Mapping[str, Any] = {"num_blocks_per_stage": 4, "spatial_upsample": True, "temporal_upsample": False}
 _DIMS = 3
@@ -44,6 +46,10 @@ class UpscalerConfig:
     temporal_upsample: bool
 
     def __post_init__(self) -> None:
+        for name, maximum in _MAX_SIZES.items():
+            check_config_count("upscaler", name, getattr(self, name), maximum)
+        for name in _FLAG_KEYS:
+            check_config_flag("upscaler", name, getattr(self, name))
         if not (self.spatial_upsample or self.temporal_upsample):
             raise CheckpointError("the upscaler enlarges neither space nor time; released ones enlarge one of them.")
         if self.mid_channels % NORM_GROUPS:
@@ -90,25 +96,12 @@ class UpscalerConfig:
                     f"the upscaler's header has {key} = {quote(found)}; kadr knows only {quote(value)}."
                 )
         values = {**_DEFAULTS, **header}
-        sizes: dict[str, Any] = {key: _parse_size(key, values.get(key)) for key in _SIZE_KEYS}
-        return cls(**sizes, **{key: _parse_flag(key, values[key]) for key in _FLAG_KEYS})
+        return cls(**{key: values.get(key) for key in (*_SIZE_KEYS, *_FLAG_KEYS)})  # type: ignore[arg-type]
 
     def to_header(self) -> dict[str, Any]:
         """Returns the config of an official header."""
         values = {key: getattr(self, key) for key in (*_SIZE_KEYS, *_FLAG_KEYS)}
         return {"_class_name": OFFICIAL_CLASS_NAME, "dims": _DIMS, **values}
-
-
-def _parse_size(key: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"the upscaler's header has {key} = {quote(value)}; it must be a positive whole number.")
-    return value
-
-
-def _parse_flag(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise CheckpointError(f"the upscaler's header has {key} = {quote(value)}; it must be true or false.")
-    return value
 
 
 SPATIAL_UPSCALER_CONFIG = UpscalerConfig(spatial_upsample=True, temporal_upsample=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kadr.errors import CheckpointError, RequestError
 from kadr.quoting import quote
+from kadr.validation import is_number
 
 SCHEDULE_SAMPLERS = ("Uniform", "LinearQuadratic")
 SHIFTINGS = (None, "SD3")
@@ -46,6 +47,17 @@ class Schedule:
             )
         if self.shifting not in SHIFTINGS:
             raise CheckpointError(f"the scheduler's shifting is {quote(self.shifting)}; kadr knows SD3 and none.")
+
+        if self.shift_terminal is not None and not (is_number(self.shift_terminal) and 0 <= self.shift_terminal < 1):
+            raise CheckpointError(
+                f"the scheduler's target_shift_terminal is {quote(self.shift_terminal)}; it must be a number from 0 to "
+                "less than 1."
+            )
+        for sigma in self.allowed_sigmas or ():
+            if not (is_number(sigma) and 0 <= sigma <= 1):
+                raise CheckpointError(
+                    f"the allowed_inference_steps have {quote(sigma)}; they must lie between 0 and 1."
+                )
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], allowed_sigmas: Sequence[float] | None = None) -> Schedule:

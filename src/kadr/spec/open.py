@@ -83,6 +83,8 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     opened_loras = _open_loras(options, loras, lora_components, transformers)
     upscalers = [locate(name, UPSCALER_ROLE, folders) for name in _upscaler_names(options)]
     given_upscalers = order_upscalers([open_checkpoint(item) for item in upscalers], checkpoint)
+    for late in (vae_checkpoint, *given_upscalers.values()):
+        late.account_late_components()
     text_encoder = find_text_encoder(options.text_encoder, model, checkpoint, release, folders)
     text_encoder_checkpoint, tokenizer = add_tokenizer(_open_text_encoder(text_encoder))
     for transformer in transformers:

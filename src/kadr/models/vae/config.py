@@ -8,7 +8,8 @@ from math import prod
 from typing import Any
 
 from kadr.errors import CheckpointError
-from kadr.quoting import quote
+from kadr.quoting import quote, show
+from kadr.validation import check_config_count, check_config_flag
 
 Strides = tuple[int, int, int]  # over frames, rows, columns
 
@@ -36,6 +37,14 @@ VAE_FIXED_VALUES: Mapping[str, Any] = {
     "spatial_padding_mode": "zeros",
     "scaling_factor": 1.0,
 }
+# Largest sizes in a config, several times the released ones.
+_MAX_LAYERS, _MAX_MULTIPLIER, _MAX_BLOCKS, _MAX_CHANNELS = 64, 8, 64, 1 << 14
+_MAX_SIZES = {
+    "latent_channels": 4096,
+    "patch_size": 32,
+    "encoder_base_channels": 4096,
+    "decoder_base_channels": 4096,
+}
 REQUIRED_KEYS = ("latent_log_var", "norm_layer", "use_quant_conv")
 
 
@@ -57,6 +66,12 @@ class BlockConfig:
     residual: bool = False
     inject_noise: bool = False
 
+    def __post_init__(self) -> None:
+        check_config_count("VAE", f"num_layers of {self.kind}", self.num_layers, _MAX_LAYERS, minimum=0)
+        check_config_count("VAE", f"multiplier of {self.kind}", self.multiplier, _MAX_MULTIPLIER)
+        for name in ("residual", "inject_noise"):
+            check_config_flag("VAE", f"{name} of {self.kind}", getattr(self, name))
+
     @property
     def strides(self) -> Strides:
         return BLOCK_STRIDES.get(self.kind, (1, 1, 1))
@@ -64,8 +79,10 @@ class BlockConfig:
     @classmethod
     def from_header(cls, entry: Sequence[Any], *, list_name: str, allowed_kinds: Sequence[str]) -> BlockConfig:
         """Reads ["res_x", 4] or ["compress_all", {"residual": true, "multiplier": 2}]."""
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise CheckpointError(f"the VAE's {list_name} contain {quote(entry)}; a block is a pair of kind and size.")
         kind, detail = entry
-        if kind not in allowed_kinds:
+        if not isinstance(kind, str) or kind not in allowed_kinds:
             known = ", ".join(allowed_kinds)
             raise CheckpointError(f"the VAE's {list_name} contain a block {quote(kind)}; known are {known}.")
         detail = _read_detail(kind, detail)
@@ -78,8 +95,10 @@ class BlockConfig:
             inject_noise=detail.pop("inject_noise", False),
         )
         if detail:
-            unknown = ", ".join(detail)
-            raise CheckpointError(f"the VAE's {list_name} set {unknown} on {quote(kind)}, which kadr does not know.")
+            unknown = ", ".join(map(str, detail))
+            raise CheckpointError(
+                f"the VAE's {list_name} set {show(unknown)} on {quote(kind)}, which kadr does not know."
+            )
         return block
 
     def to_header(self) -> list[Any]:
@@ -107,6 +126,9 @@ class VAEConfig:
     decoder_base_channels: int = 128
 
     def __post_init__(self) -> None:
+        for name, maximum in _MAX_SIZES.items():
+            check_config_count("VAE", name, getattr(self, name), maximum)
+        check_config_flag("VAE", "timestep_conditioning", self.timestep_conditioning)
         for name, blocks in (("encoder_blocks", self.encoder_blocks), ("decoder_blocks", self.decoder_blocks)):
             time = prod(block.strides[0] for block in blocks)
             space = prod(block.strides[1] for block in blocks) * self.patch_size
@@ -115,6 +137,9 @@ class VAEConfig:
                     f"the VAE's {name} with patches of {self.patch_size} reduce time {time} and space {space} times; "
                     "the family reduces them 8 and 32 times."
                 )
+            channels = getattr(self, name.replace("blocks", "base_channels"))
+            channels *= prod(block.multiplier for block in blocks)
+            check_config_count("VAE", f"channels after its {name}", channels, _MAX_CHANNELS)
 
     @property
     def decoder_start_channels(self) -> int:
@@ -137,6 +162,11 @@ class VAEConfig:
                 raise CheckpointError(f"the VAE's header has {key} = {quote(found)}; kadr knows only {quote(value)}.")
         shared = header.get("blocks", ())
         encoder, decoder = header.get("encoder_blocks", shared), header.get("decoder_blocks", shared)
+        for name, blocks in (("encoder_blocks", encoder), ("decoder_blocks", decoder)):
+            if not isinstance(blocks, list | tuple) or len(blocks) > _MAX_BLOCKS:
+                raise CheckpointError(
+                    f"the VAE has {name} = {quote(blocks)}; it must be a list of at most {_MAX_BLOCKS} blocks."
+                )
         return cls(
             encoder_blocks=tuple(
                 BlockConfig.from_header(b, list_name="encoder_blocks", allowed_kinds=ENCODER_BLOCK_KINDS)
