@@ -80,7 +80,8 @@ class Schema:
             )
         if found > self.number:
             raise self.error(
-                f"{subject} has the schema number {found}; kadr {__version__} reads numbers up to {self.number}. A "
+                f"{subject} has the schema number {quote(found)}; kadr {__version__} reads numbers up to "
+                f"{self.number}. A "
                 "newer kadr wrote it: update kadr."
             )
         return found

@@ -9,7 +9,10 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from kadr.errors import CheckpointError, RequestError
-from kadr.quoting import quote
+from kadr.quoting import quote, show
+
+MAX_FLOAT_BITS = 1024  # a longer integer is past the largest float
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of the common file systems
 
 
 def check_range(
@@ -30,8 +33,10 @@ def check_range(
 
 
 def is_number(value: Any) -> bool:
-    """Tells whether a value is a finite number; true and false are not."""
-    return math.isfinite(value) if isinstance(value, float) else is_whole_number(value)
+    """Tells whether a value is a finite number that fits into a float; true and false are not."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return is_whole_number(value) and value.bit_length() < MAX_FLOAT_BITS
 
 
 def is_whole_number(value: Any) -> bool:
@@ -90,6 +95,30 @@ def check_path(name: str, value: Any) -> None:
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise RequestError(f"{name} is {quote(value)}; it must be a path.")
+    text = os.fspath(value)
+    if "\0" in text:
+        raise RequestError(f"{name} is {quote(text)}; no path has a NUL character in it.")
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} is {quote(text)}; no path has half a character in it.") from error
+    # As the system counts: in bytes. A longer name fails in every call that looks at the file.
+    names = encoded.replace(os.sep.encode(), b"/").split(b"/")
+    if len(encoded) > MAX_PATH_BYTES or max(map(len, names)) > MAX_NAME_BYTES:
+        raise RequestError(
+            f"{name} is {quote(text)}; a file name has at most {MAX_NAME_BYTES} bytes, and a path {MAX_PATH_BYTES}."
+        )
+
+
+def is_path_or_none(value: Any) -> bool:
+    """Tells whether a value is None or can be the path of a file."""
+    if value is None:
+        return True
+    try:
+        check_path("", value)
+    except RequestError:
+        return False
+    return True
 
 
 def check_fields(kind: type, data: Any, name: str) -> Mapping[str, Any]:
@@ -107,8 +136,8 @@ def check_fields(kind: type, data: Any, name: str) -> Mapping[str, Any]:
         raise RequestError(f"{name} is {quote(data)}; it must be an object of fields, as `to_json` writes it.")
     known = [field for field in fields(kind) if field.init]
     names = [field.name for field in known]
-    if unknown := [str(key) for key in data if key not in names]:
-        raise RequestError(f"{name} has {', '.join(sorted(unknown))}, unknown to this version of kadr.")
+    if unknown := sorted(show(key) for key in data if key not in names):
+        raise RequestError(f"{name} has {show(', '.join(unknown), 200)}, unknown to this version of kadr.")
     required = [field.name for field in known if field.default is MISSING and field.default_factory is MISSING]
     if missing := [field_name for field_name in required if field_name not in data]:
         raise RequestError(f"{name} lacks {', '.join(missing)}. Write it as `to_json` does.")

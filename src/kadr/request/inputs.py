@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from kadr.errors import RequestError
 from kadr.quoting import quote
-from kadr.shapes import MAX_FRAMES
+from kadr.shapes import MAX_FRAMES, MAX_SIDE
 from kadr.validation import check_bool, check_path, check_range, is_number, is_whole_number
 
 Input = TypeVar("Input", bound="Condition | Control")
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # any other suffix is an image's
+MAX_CLIP_FRAMES = 10**9  # a year at 30 per second; a larger number is a typing error
 CANNY, DEPTH, POSE, READY = "canny", "depth", "pose", "ready"
 CONTROL_KINDS = (CANNY, DEPTH, POSE, READY)
 
@@ -59,8 +60,11 @@ class Condition:
         if not isinstance(box, tuple | list) or len(box) != 4 or not all(is_number(side) for side in box):
             raise RequestError(f"box is {quote(box)}; it must be (x, y, width, height) in pixels.")
         x, y, width, height = (int(side) for side in box)
-        if min(x, y) < 0 or min(width, height) < 1:
-            raise RequestError(f"box is {box}; x and y must not be below 0, width and height not below 1.")
+        if min(x, y) < 0 or min(width, height) < 1 or max(x, y, width, height) > MAX_SIDE:
+            raise RequestError(
+                f"box is {quote(box)}; x and y must not be below 0, width and height not below 1, none "
+                f"above {MAX_SIDE}."
+            )
         if self.frame != 0:
             raise RequestError(f"box is given at frame {self.frame}; only a condition at frame 0 can have a box.")
         return x, y, width, height
@@ -110,7 +114,8 @@ def _check_frame_range(frame_range: Any, media: str, *, is_clip: bool) -> tuple[
         or not all(_is_range_end(end) for end in frame_range)
     ):
         raise RequestError(
-            f"frame_range is {quote(frame_range)}; it must be (first, end) frames of the clip; None leaves one open."
+            f"frame_range is {quote(frame_range)}; it must be (first, end) frames of the clip, up to "
+            f"{MAX_CLIP_FRAMES:,}; None leaves one open."
         )
     if not is_clip:
         raise RequestError(f"frame_range is given, but {media} is an image. Only a clip has a frame range.")
@@ -118,7 +123,7 @@ def _check_frame_range(frame_range: Any, media: str, *, is_clip: bool) -> tuple[
 
 
 def _is_range_end(value: Any) -> bool:
-    return value is None or is_whole_number(value)
+    return value is None or (is_whole_number(value) and abs(value) <= MAX_CLIP_FRAMES)
 
 
 def as_tuple_of(kind: type[Input], values: Any, name: str) -> tuple[Input, ...]:

@@ -13,18 +13,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import Recipe
-from kadr.quoting import quote
-from kadr.regular_file import read_text
+from kadr.quoting import quote, show
+from kadr.regular_file import open_regular
+from kadr.request.yaml_reader import parse_yaml
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
 from kadr.validation import is_number
 
-MAX_CONFIG_BYTES = 1 << 20  # the official ones have two kilobytes; a larger file is something else
+MAX_CONFIG_BYTES = 1 << 16  # the official ones have two kilobytes; a larger file is something else
 PIPELINE_TYPES = ("base", "multi-scale")
 PRECISIONS = ("bfloat16", "mixed_precision", "float8_e4m3fn")
 OFFICIAL_SAMPLERS: Mapping[str, str | None] = {
@@ -198,14 +197,18 @@ class _ErrorContext:
 def _load_yaml(path: Path) -> Mapping[Any, Any]:
     advice = "Give a pipeline config such as configs/ltxv-13b-0.9.8-dev.yaml of the official package."
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise RequestError(f"{path} has {path.stat().st_size} bytes, too many for a config. {advice}")
-        data = yaml.safe_load(read_text(path))
+        with open_regular(path) as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise RequestError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes, too many for a config. {advice}")
+        data = parse_yaml(raw.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise RequestError(f"the config {path} cannot be read: {reason}. {advice}") from error
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}. {advice}") from error
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise RequestError(f"{path} is not YAML: {show(error, 200)}. {advice}") from error
     if not isinstance(data, dict):
         raise RequestError(f"{path} is not a mapping of keys to values. {advice}")
     return data

@@ -20,6 +20,7 @@ from kadr.spec.lora import LoraStrength, parse_lora_strengths
 from kadr.validation import check_bool, check_fields, check_path, check_range, is_whole_number
 
 MAX_FPS = 240
+MAX_SEED_BITS = 1024  # a video stores its seed in digits, and Python reads only so many of them
 DEFAULT_DENOISE_STRENGTH = 0.75
 AUTO_SIZE = "auto"  # the size that fits the first image or clip
 
@@ -121,8 +122,10 @@ class Request:
         if self.frames is not None:
             snap_frames(self.frames)
         self._check_windows()
-        if not is_whole_number(self.seed):
-            raise RequestError(f"seed is {quote(self.seed)}; it must be a whole number.")
+        if not is_whole_number(self.seed) or self.seed.bit_length() > MAX_SEED_BITS:
+            raise RequestError(
+                f"seed is {quote(self.seed)}; it must be a whole number of at most {MAX_SEED_BITS} bits."
+            )
         object.__setattr__(self, "conditions", as_tuple_of(Condition, self.conditions, "conditions"))
         object.__setattr__(self, "controls", as_tuple_of(Control, self.controls, "controls"))
         object.__setattr__(self, "cache", StepCache.parse(self.cache))
@@ -163,7 +166,7 @@ class Request:
     def _check_input_video(self) -> None:
         if self.input_video is None:
             if self.denoise_strength is not None:
-                raise RequestError(f"denoise_strength is {self.denoise_strength}, but no input video is given.")
+                raise RequestError(f"denoise_strength is {quote(self.denoise_strength)}, but no input video is given.")
             return
         check_path("input_video", self.input_video)
         object.__setattr__(self, "input_video", str(self.input_video))

@@ -49,7 +49,7 @@ class Windows:
                 raise RequestError(f"a window has {quote(self.frames)} frames; it must be a whole number.")
             if not 1 < self.frames <= MAX_WINDOW_FRAMES:
                 raise RequestError(
-                    f"a window has {self.frames} frames; it must have between {MIN_WINDOW_FRAMES} and "
+                    f"a window has {quote(self.frames)} frames; it must have between {MIN_WINDOW_FRAMES} and "
                     f"{MAX_WINDOW_FRAMES}."
                 )
             object.__setattr__(self, "frames", snap_frames(self.frames))
@@ -67,15 +67,17 @@ class Windows:
         if not is_whole_number(overlap):
             raise RequestError(f"the overlap of windows is {quote(overlap)}; it must be a whole number of frames.")
         if overlap < TEMPORAL_COMPRESSION or overlap % TEMPORAL_COMPRESSION:
-            below = max(TEMPORAL_COMPRESSION, overlap // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
+            below = max(
+                TEMPORAL_COMPRESSION, min(overlap, MAX_WINDOW_FRAMES) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION
+            )
             raise RequestError(
-                f"the overlap of windows is {overlap} frames; it must be a multiple of {TEMPORAL_COMPRESSION}, such as "
-                f"{below}."
+                f"the overlap of windows is {quote(overlap)} frames; it must be a multiple of "
+                f"{TEMPORAL_COMPRESSION}, such as {below}."
             )
         if self.frames is not None and overlap >= self.frames:
             raise RequestError(
-                f"the overlap is {overlap} frames, and a window has {self.frames}: no window would add a frame. Give "
-                f"at most {self.frames - 1}."
+                f"the overlap is {quote(overlap)} frames, and a window has {self.frames}: no window would add a "
+                f"frame. Give at most {self.frames - 1}."
             )
 
     @classmethod

@@ -66,7 +66,7 @@ class Schedule:
             sampler=header.get("sampler") or "Uniform",
             shifting=header.get("shifting"),
             shift_terminal=header.get("target_shift_terminal"),
-            allowed_sigmas=None if allowed_sigmas is None else tuple(float(sigma) for sigma in allowed_sigmas),
+            allowed_sigmas=None if allowed_sigmas is None else tuple(allowed_sigmas),
         )
 
     def to_header(self) -> dict[str, Any]:

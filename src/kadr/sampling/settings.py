@@ -20,6 +20,7 @@ ATTENTION_VALUES, ATTENTION_SKIP, TRANSFORMER_BLOCK = "attention_values", "atten
 STG_MODES = (ATTENTION_VALUES, ATTENTION_SKIP, TRANSFORMER_BLOCK)
 MAX_SCALE = 100.0
 MAX_STEPS = 1000
+MAX_BLOCK = 10_000  # no transformer has as many blocks; blocks that a model lacks are refused when it is known
 
 
 class StepGuidance(NamedTuple):
@@ -253,7 +254,7 @@ def _parse_blocks(value: Any) -> BlockIndices | None:
 
 
 def _is_block(value: Any) -> bool:
-    return is_whole_number(value) and value >= 0
+    return is_whole_number(value) and 0 <= value < MAX_BLOCK
 
 
 def _is_nested(blocks: Sequence[Any]) -> bool:

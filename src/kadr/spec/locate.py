@@ -23,6 +23,7 @@ from kadr.spec.model_folders import (
     ModelFolders,
     is_name,
 )
+from kadr.validation import check_path
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 MODEL, SECOND_MODEL, VAE, UPSCALER_ROLE, TEXT_ENCODER_ROLE = "model", "second model", "VAE", "upscaler", "text encoder"
@@ -104,8 +105,9 @@ def locate(name_or_path: str | Path, role: str, folders: ModelFolders = NO_FOLDE
         RequestError: an unknown name, or the name of another kind of release.
         CheckpointError: a path that does not exist, or a name that leads out of the folders.
     """
+    check_path(f"the {role}", name_or_path)
     name = str(name_or_path)
-    is_present = os.path.exists(Path(name_or_path).expanduser())
+    is_present = os.path.exists(os.path.expanduser(name_or_path))
     is_named = name in registry.RELEASES_BY_NAME and not is_present  # a name may come as a `Path`
     if not is_present and (found := locate_in_folders(name, role, folders)) is not None:
         if not is_named:

@@ -14,13 +14,17 @@ from kadr.cli.flags import options
 from kadr.cli.output_path import refuse_missing_media, reserve_output
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import CheckpointError, MediaError
+from kadr.quoting import quote, show
 from kadr.request.request import Request
 from kadr.schema import upgrade_video_metadata
 from kadr.spec.locate import find_release_on_disk
+from kadr.validation import is_number, is_path_or_none
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
 
+_STORED_PATHS = ("model", "vae", "text_encoder", "second_model", "spatial_upscaler", "temporal_upscaler")
+_STORED_TEXTS = ("model_name", "release", "device", "dtype", "quant")
 RERUN_EPILOG = (
     "On the same machine and device the frames are the same; other machines, devices and versions may round "
     "differently."
@@ -68,7 +72,35 @@ def read_video_metadata(file: Path) -> dict[str, Any]:
     record = upgrade_video_metadata(read_metadata(file), file)
     if not isinstance(record.get("request"), dict):
         raise MediaError(f"{file} stores no request. Only a video that `kadr generate` wrote can be made again.")
+    check_stored_model(record, file)
     return record
+
+
+def check_stored_model(record: Mapping[str, Any], file: Path) -> None:
+    """Refuses metadata whose model, components or LoRAs are not what kadr stores.
+
+    Raises:
+        MediaError: the metadata were changed.
+    """
+    loras = record.get("loras", ())
+    wrong = [name for name in _STORED_TEXTS if not isinstance(record.get(name), str | None)]
+    wrong += [name for name in _STORED_PATHS if not is_path_or_none(record.get(name))]
+    if not isinstance(loras, list | tuple) or not all(map(_is_stored_lora, loras)):
+        wrong.append("loras")
+    if wrong:
+        values = ", ".join(f"{name} = {quote(record.get(name))}" for name in wrong)
+        raise MediaError(f"{file} stores {values}, which kadr does not write: its metadata were changed.")
+
+
+def _is_stored_lora(lora: Any) -> bool:
+    """Returns whether an entry of the metadata is a LoRA with a path and its strengths."""
+    return (
+        isinstance(lora, Mapping)
+        and is_path_or_none(lora.get("path"))
+        and lora.get("path") is not None
+        and is_number(lora.get("strength"))
+        and is_number(lora.get("second_strength"))
+    )
 
 
 def reopen_engine(
@@ -104,7 +136,7 @@ def _stored_recipe(record: Mapping[str, Any], model: str) -> dict[str, Any]:
     if model in RELEASES_BY_NAME or "release" not in record:
         return {}
     # The request of a video states all settings, so a model of no known release needs no recipe.
-    return {"recipe": Recipe()} if record["release"] is None else {"release": str(record["release"])}
+    return {"recipe": Recipe()} if record["release"] is None else {"release": record["release"]}
 
 
 def _warn_of_other_version(version: object) -> None:
@@ -112,7 +144,7 @@ def _warn_of_other_version(version: object) -> None:
     from kadr.version import __version__
 
     if version != __version__:
-        print_stderr(f"warning: made with kadr {version}, and this is {__version__}; the frames may differ")
+        print_stderr(f"warning: made with kadr {show(version)}, and this is {__version__}; the frames may differ")
 
 
 def _second_pass_components(record: Mapping[str, Any]) -> dict[str, Any]:

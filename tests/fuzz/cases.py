@@ -1,0 +1,217 @@
+"""Strategies for whole commands: hostile files, prompts, paths, numbers and variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import typer
+from hypothesis import strategies as st
+
+from kadr.cli.main import app
+from tests.fuzz import files
+from tests.fuzz.command import Case
+from tests.fuzz.values import numbers, texts
+
+PROMPT = "a red circle moving right on a black background"
+TINY = ("--size", "32x32", "--frames", "1", "--steps", "1")
+PLANS = (("plan", PROMPT), ("generate", PROMPT, "--dry-run"))
+MAKES = ("generate", PROMPT, "--model", "demo", *TINY, "--no-prompt-cache")
+
+
+@st.composite
+def checkpoint_cases(draw: Any) -> Case:
+    """A damaged safetensors as model, VAE, upscaler, second model; or a text encoder's config.json."""
+    tiny = dict(files.tiny_folder())
+    role = draw(st.sampled_from(("model", "model", "vae", "upscaler", "text_encoder", "second-model")))
+    if role == "text_encoder":
+        import json
+
+        from tests.fuzz.values import replace_value
+
+        config = json.loads(tiny["text_encoder/config.json"])
+        tiny["text_encoder/config.json"] = replace_value(config, draw).encode("utf-8", "surrogatepass")
+    elif role == "upscaler":
+        tiny["x.safetensors"] = draw(files.safetensors(files.tiny_upscaler))
+    else:
+        name = "model.safetensors" if role == "model" else "x.safetensors"
+        tiny[name] = draw(files.safetensors(lambda: files.tiny_folder()["model.safetensors"]))
+    flags = () if role in ("model", "text_encoder") else (f"--{role}", "x.safetensors", "--multi-scale")
+    inspected = {"model": "model.safetensors", "text_encoder": "text_encoder"}.get(role, "x.safetensors")
+    args = draw(
+        st.sampled_from(
+            (
+                ("inspect", inspected),
+                *((*plan, "--model", "model.safetensors", *flags) for plan in PLANS),
+                ("generate", PROMPT, "--model", "model.safetensors", *flags, *TINY),
+            )
+        )
+    )
+    return Case(args, tiny)
+
+
+@st.composite
+def gguf_cases(draw: Any) -> Case:
+    data = {"x.gguf": draw(files.gguf())}
+    roles = (("--model", "x.gguf"), ("--text-encoder", "x.gguf"), ("--vae", "x.gguf"))
+    plans = [(*plan, *role) for plan in PLANS for role in roles]
+    return Case(draw(st.sampled_from((("inspect", "x.gguf"), ("inspect", "x.gguf", "--json"), *plans))), data)
+
+
+@st.composite
+def lora_cases(draw: Any) -> Case:
+    data = {"x.safetensors": draw(files.safetensors(files.demo_lora))}
+    if draw(st.integers(0, 3)) == 0:
+        from tests.fuzz.values import json_values
+
+        data["adapter_config.json"] = draw(json_values()).encode("utf-8", "surrogatepass")
+        data["adapter_model.safetensors"] = data["x.safetensors"]
+    lora = ("--lora", "adapter_model.safetensors" if "adapter_config.json" in data else "x.safetensors")
+    partial = draw(st.sampled_from(((), ("--lora-partial",), ("--merge-loras",))))
+    args = [("inspect", lora[1]), *((*plan, *lora, *partial) for plan in PLANS), (*MAKES, *lora, *partial)]
+    return Case(draw(st.sampled_from(args)), data)
+
+
+@st.composite
+def video_cases(draw: Any) -> Case:
+    data = {"x.mp4": draw(files.stored_videos())}
+    rerun = ("rerun", "x.mp4", "--output", "again.mp4")
+    args = (("inspect", "x.mp4"), ("inspect", "x.mp4", "--json"), rerun, (*rerun, "--model", "demo"))
+    return Case(draw(st.sampled_from(args)), data)
+
+
+@st.composite
+def image_cases(draw: Any) -> Case:
+    name = draw(st.sampled_from(("x.png", "x.jpg", "x", "x.gif")))
+    frame = draw(st.sampled_from(((), ("0", "0.5"), ("-1",), (draw(numbers()), draw(numbers())))))
+    plans = [(*plan, "--image", name, *frame) for plan in PLANS]
+    args = (*plans, (*MAKES, "--image", name), (*MAKES, "--control", f"canny:{name}"))
+    return Case(draw(st.sampled_from(args)), {name: draw(files.images())})
+
+
+@st.composite
+def clip_cases(draw: Any) -> Case:
+    name = draw(st.sampled_from(("x.mp4", "x.mkv", "x#1.mp4", "x.gif")))
+    parts = draw(st.tuples(numbers(), numbers()))
+    frames = draw(st.sampled_from(("", "", "#0:1", "#-1:", "#:", f"#{parts[0]}:{parts[1]}", "#0:" + "9" * 5000)))
+    flag = draw(st.sampled_from(("--video", "--control", "--input-video", "--image")))
+    value = name + ("" if flag in ("--input-video", "--image") else frames)
+    strength = ("--denoise-strength", "0.5") if flag == "--input-video" else ()
+    args = [(*plan, flag, value, *strength) for plan in PLANS]
+    return Case(draw(st.sampled_from(args)), {name: draw(files.clips())})
+
+
+@st.composite
+def config_cases(draw: Any) -> Case:
+    data = {"x.yaml": draw(files.yaml_files())}
+    return Case(draw(st.sampled_from([(*plan, "--config", "x.yaml") for plan in PLANS])), data)
+
+
+@st.composite
+def prompt_cases(draw: Any) -> Case:
+    prompt = draw(st.one_of(texts(400), st.integers(1, 3000).map(lambda count: "circle " * count)))
+    form = draw(st.sampled_from(((prompt,), ("--prompt", prompt, "--prompt", draw(texts())), ("--", prompt))))
+    negative = draw(st.sampled_from(((), ("--negative-prompt", draw(texts(200)), "--guidance", "2"))))
+    verb = draw(st.sampled_from((("plan",), ("generate", "--dry-run"), ("generate", *TINY, "--no-prompt-cache"))))
+    return Case((*verb, *negative, *form))
+
+
+PATH_FLAGS = ("--model", "--config", "--upscaler", "--second-model", "--text-encoder", "--vae", "--lora", "--image")
+PATH_FLAGS += (
+    "--video",
+    "--control",
+    "--input-video",
+    "--output",
+    "--save-latents",
+    "--enhance",
+    "--device",
+    "--dtype",
+)
+PATH_FLAGS += ("--quant", "--offload", "--sampler", "--cache", "--stg-mode", "--second-sampler", "--enhance-model")
+
+
+@st.composite
+def path_cases(draw: Any) -> Case:
+    """Paths and names that do not exist, or that no file can have."""
+    suffix = draw(st.sampled_from(("", ".safetensors", ".gguf", ".mp4", ".png", ".yaml")))
+    path = draw(texts(300)) + suffix
+    verb = draw(st.sampled_from(("generate", "plan", "inspect", "rerun", "quantize", "train-lora", "models", "bench")))
+    if verb in ("generate", "plan"):
+        flag = draw(st.sampled_from(PATH_FLAGS))
+        return Case((verb, PROMPT, *(("--dry-run",) if verb == "generate" else ()), flag, path))
+    forms = {
+        "inspect": (("inspect", path),),
+        "rerun": (("rerun", path), ("rerun", path, "--output", path)),
+        "quantize": (
+            ("quantize", path, "x.gguf", "--type", "Q8_0"),
+            ("quantize", "demo", path, "--type", "Q8_0")[:0] or ("quantize", path, path, "--type", path),
+        ),
+        "train-lora": (("train-lora", path), ("train-lora", ".", "--model", path)),
+        "models": (("models", "verify", path), ("models", path)),
+        "bench": (("bench", "--model", path), ("bench", path)),
+    }
+    return Case(draw(st.sampled_from(forms[verb])))
+
+
+@cache
+def value_flags(verb: str) -> tuple[str, ...]:
+    """The flags of a verb that take a number, or numbers in a list."""
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    skipped = {"--help", "--prompt", *PATH_FLAGS}
+    options = [
+        item for item in command.params if item.param_type_name == "option" and not getattr(item, "is_flag", False)
+    ]
+    return tuple(sorted({item.opts[0] for item in options} - skipped))
+
+
+@st.composite
+def number_cases(draw: Any) -> Case:
+    """A hostile number for every flag that takes one."""
+    verb = draw(st.sampled_from(("generate", "generate", "plan", "train-lora", "bench", "rerun")))
+    flag, value = draw(st.sampled_from(value_flags(verb))), draw(numbers())
+    first = {
+        "generate": (PROMPT, "--dry-run"),
+        "plan": (PROMPT,),
+        "train-lora": (".",),
+        "bench": ("nothing",),
+        "rerun": ("no.mp4",),
+    }
+    value_args = draw(st.sampled_from(((flag, value), (f"{flag}={value}",))))
+    return Case((verb, *first[verb], *value_args))
+
+
+VARIABLES = (
+    "KADR_KERNELS",
+    "KADR_CACHE",
+    "XDG_CACHE_HOME",
+    "KADR_DEBUG_",
+    "COLUMNS",
+    "TERM",
+    "LANG",
+    "KADR_ENHANCE_KEY",
+)
+
+
+@st.composite
+def environment_cases(draw: Any) -> Case:
+    """Hostile environment variables. The dry run reads most of them, the tiny video all."""
+    name = draw(st.sampled_from(VARIABLES))
+    value = draw(texts()).replace("\ud800", "")
+    args = draw(st.sampled_from((*PLANS, ("models",), MAKES)))
+    return Case(args, environment={name: value})
+
+
+ALL: Mapping[str, st.SearchStrategy[Case]] = {
+    "checkpoint": checkpoint_cases(),
+    "gguf": gguf_cases(),
+    "lora": lora_cases(),
+    "video": video_cases(),
+    "image": image_cases(),
+    "clip": clip_cases(),
+    "config": config_cases(),
+    "prompt": prompt_cases(),
+    "path": path_cases(),
+    "number": number_cases(),
+    "environment": environment_cases(),
+}

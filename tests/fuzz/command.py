@@ -1,0 +1,161 @@
+"""Runs `kadr` on hostile input, in this process or as the real command, and says what it did that it must not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from kadr.cli.main import run
+
+MAX_LINE, MAX_SECONDS, MAX_BYTES = 500, 10.0, 1_500_000_000
+ADDRESS_SPACE = 12 << 30  # torch maps gigabytes that it never touches; what it touches is limited by MAX_BYTES
+SOURCES = Path(__file__).parents[2] / "src"
+_BUG = ("This is a bug", "Traceback (most recent call last)")
+_RUN_AND_MEASURE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, ({space}, {space}))
+from kadr.__main__ import main
+try:
+    main()
+finally:
+    with open({file!r}, "w") as file:
+        file.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command with the files that it is run among.
+
+    Args:
+        args: as after `kadr`; a file of `files` is named by its name, since the command runs in their folder.
+        files: name -> bytes.
+        environment: variables that are set while it runs.
+    """
+
+    args: Sequence[str]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        files = {name: f"{len(data)} bytes" for name, data in self.files.items()}
+        return f"Case(args={list(self.args)!r}, files={files}, environment={dict(self.environment)!r})"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: exit code, output, seconds, peak bytes (0 if not measured), and files that it left."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    peak_bytes: int
+    new_files: tuple[str, ...]
+
+    def complaints(self) -> Iterator[str]:
+        """Yields what the command must not do, whatever its input."""
+        lines = [*self.out.splitlines(), *self.err.splitlines()]
+        errors = [line for line in self.err.splitlines() if re.match("error:", line, re.IGNORECASE)]
+        if self.code not in (0, 1, 2):
+            yield f"exit code {self.code}"
+        if any(text in self.err for text in _BUG):
+            yield "an unexpected error"
+        if len(errors) != (self.code != 0):
+            yield f"{len(errors)} error lines with exit code {self.code}"
+        if not all(map(str.isprintable, lines)):
+            yield "control codes"
+        if any(len(line) >= MAX_LINE for line in self.err.splitlines()):
+            yield f"a line of {max(map(len, self.err.splitlines()))} characters"
+        if self.seconds > MAX_SECONDS:
+            yield f"{self.seconds:.1f} seconds"
+        if self.peak_bytes > MAX_BYTES:
+            yield f"{self.peak_bytes:,} bytes"
+        if self.code != 0 and self.new_files:
+            yield f"files left: {', '.join(self.new_files)}"
+
+
+def run_in_process(case: Case) -> Outcome:
+    """Runs a case in this process, in a folder of its own."""
+    out, err = io.StringIO(), io.StringIO()
+    with _folder_of(case) as folder, _environment(case.environment), _working_folder(folder):
+        begin = time.perf_counter()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = _exit_code(case.args)
+        seconds = time.perf_counter() - begin
+        new_files = _new_files(folder, case)
+    return Outcome(code, out.getvalue(), err.getvalue(), seconds, 0, new_files)
+
+
+def _exit_code(args: Sequence[str]) -> int:
+    try:
+        run(list(args))
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def run_command(case: Case) -> Outcome:
+    """Runs a case as a process of its own, with a limit on its memory."""
+    with _folder_of(case) as folder, TemporaryDirectory() as outside:
+        peak_file = Path(outside) / "peak"
+        script = _RUN_AND_MEASURE.format(space=ADDRESS_SPACE, file=str(peak_file))
+        environment = {**os.environ, "PYTHONPATH": str(SOURCES), **case.environment}
+        begin = time.perf_counter()
+        process = subprocess.run(
+            [os.fsencode(part) for part in (sys.executable, "-c", script, *case.args)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
+        seconds = time.perf_counter() - begin
+        peak = int(peak_file.read_text()) if peak_file.exists() else 0
+        texts = (stream.decode("utf-8", "surrogateescape") for stream in (process.stdout, process.stderr))
+        return Outcome(process.returncode, *texts, seconds, peak, _new_files(folder, case))
+
+
+@contextlib.contextmanager
+def _folder_of(case: Case) -> Iterator[Path]:
+    with TemporaryDirectory(prefix="fuzz-") as name:
+        for file, data in case.files.items():
+            path = Path(name) / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _working_folder(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _new_files(folder: Path, case: Case) -> tuple[str, ...]:
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return tuple(sorted(paths - {Path(name).as_posix() for name in case.files}))
