@@ -17,7 +17,7 @@ export PIP_RETRIES ?= 5
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: all help .venv demo test check parity format bench demo-model clean
+.PHONY: all help .venv demo test fuzz check parity format bench demo-model clean
 
 all: .venv
 	@$(MAKE) --no-print-directory help
@@ -55,6 +55,9 @@ demo: .venv/.core  ## make out/demo.mp4 with the bundled model; no network once 
 # Two processes of one thread each: most tests are too small for two threads to help each other.
 test: .venv/.test  ## the whole suite, on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+fuzz: .venv/.test  ## 5,000 hostile commands, other ones each time, in about half an hour
+	KADR_FUZZ=10 OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz --numprocesses 2 $(ARGS)
 
 check: .venv/.test  ## style, types and contracts, in about a minute
 	$(PY) -m ruff check .

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from kadr.validation import expand_home
+
 
 def cache_home() -> Path:
     """Returns the folder of kadr's caches: $KADR_CACHE, else a folder in the system's place for caches.
@@ -14,7 +16,7 @@ def cache_home() -> Path:
         RuntimeError: this user has no home directory.
     """
     if kadr_cache := os.environ.get("KADR_CACHE"):
-        return Path(kadr_cache).expanduser()
+        return expand_home(kadr_cache)
     if (xdg_home := _absolute_from_environment("XDG_CACHE_HOME")) is not None:
         return xdg_home / "kadr"
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):

@@ -37,7 +37,7 @@ class Size:
     def parse(cls, text: str) -> Size:
         """Parses a size such as "704x480"."""
         width, cross, height = str(text).lower().replace("×", "x").partition("x")
-        if not (cross and width.strip().isdecimal() and height.strip().isdecimal()):
+        if not (cross and _is_side(width.strip()) and _is_side(height.strip())):
             raise RequestError(f"size is {quote(text)}; write WIDTHxHEIGHT in pixels, such as 704x480.")
         return cls(int(width), int(height))
 
@@ -58,6 +58,10 @@ class Size:
             extra_height // 2,
             extra_height - extra_height // 2,
         )
+
+
+def _is_side(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 12  # Python does not convert thousands of digits
 
 
 def snap_frames(frames: int) -> int:

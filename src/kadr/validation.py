@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 from kadr.errors import CheckpointError, RequestError
@@ -108,6 +109,11 @@ def check_path(name: str, value: Any) -> None:
         raise RequestError(
             f"{name} is {quote(text)}; a file name has at most {MAX_NAME_BYTES} bytes, and a path {MAX_PATH_BYTES}."
         )
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Returns a path with the home folder for its ~; an unknown user's ~name stays, as in a shell."""
+    return Path(os.path.expanduser(path))
 
 
 def is_path_or_none(value: Any) -> bool:

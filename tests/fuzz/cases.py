@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kadr.cli.main import app
 from tests.fuzz import files
 from tests.fuzz.command import Case
-from tests.fuzz.values import numbers, texts
+from tests.fuzz.values import json_values, numbers, texts
 
 PROMPT = "a red circle moving right on a black background"
 TINY = ("--size", "32x32", "--frames", "1", "--steps", "1")
@@ -63,8 +63,6 @@ def gguf_cases(draw: Any) -> Case:
 def lora_cases(draw: Any) -> Case:
     data = {"x.safetensors": draw(files.safetensors(files.demo_lora))}
     if draw(st.integers(0, 3)) == 0:
-        from tests.fuzz.values import json_values
-
         data["adapter_config.json"] = draw(json_values()).encode("utf-8", "surrogatepass")
         data["adapter_model.safetensors"] = data["x.safetensors"]
     lora = ("--lora", "adapter_model.safetensors" if "adapter_config.json" in data else "x.safetensors")
@@ -145,7 +143,7 @@ def path_cases(draw: Any) -> Case:
         "rerun": (("rerun", path), ("rerun", path, "--output", path)),
         "quantize": (
             ("quantize", path, "x.gguf", "--type", "Q8_0"),
-            ("quantize", "demo", path, "--type", "Q8_0")[:0] or ("quantize", path, path, "--type", path),
+            ("quantize", path, path, "--type", path),
         ),
         "train-lora": (("train-lora", path), ("train-lora", ".", "--model", path)),
         "models": (("models", "verify", path), ("models", path)),

@@ -8,6 +8,7 @@ from pathlib import Path
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import Release, find_model_release, find_release
 from kadr.spec.locate import fetch_release, is_path
+from kadr.validation import expand_home
 
 
 def find_input(
@@ -24,7 +25,7 @@ def find_input(
         RequestError: there is no such release, or it is refused.
     """
     if is_path(source):
-        path = Path(source).expanduser()
+        path = expand_home(source)
         if not path.exists():
             raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
         return path, None if stated_release is None else find_model_release(stated_release)

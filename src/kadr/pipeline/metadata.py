@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from kadr.schema import VIDEO_METADATA
 from kadr.spec.lora import Lora
 from kadr.spec.loras import Loras
 from kadr.spec.model import ModelSpec
+from kadr.validation import expand_home
 from kadr.version import __version__
 
 KERNELS_KEY = "kernels"  # in the metadata: the kernels that were chosen by timing
@@ -92,4 +92,4 @@ def _with_absolute_paths(request: Request) -> Request:
 
 
 def _absolute_path(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return str(expand_home(path).resolve())

@@ -25,7 +25,7 @@ from kadr.errors import CheckpointError, KadrWarning
 from kadr.memory.device import DTYPES
 from kadr.schema import PROMPT_CACHE_NUMBER
 from kadr.text.tokenizer import PromptTokens
-from kadr.validation import check_path
+from kadr.validation import check_path, expand_home
 
 MAX_CACHE_BYTES = 512_000_000  # bytes of all files; the least recently used are removed first
 FOLDER = "prompts"
@@ -75,7 +75,7 @@ class PromptCache:
         folder = None
         if not isinstance(location, bool):
             check_path("prompt_cache", location)
-            folder = Path(location).expanduser()
+            folder = expand_home(location)
         if location is True:
             with suppress(RuntimeError):
                 folder = cache_home() / FOLDER

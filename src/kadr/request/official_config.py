@@ -21,7 +21,7 @@ from kadr.regular_file import open_regular
 from kadr.request.yaml_reader import parse_yaml
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
-from kadr.validation import is_number
+from kadr.validation import expand_home, is_number
 
 MAX_CONFIG_BYTES = 1 << 16  # the official ones have two kilobytes; a larger file is something else
 PIPELINE_TYPES = ("base", "multi-scale")
@@ -107,7 +107,7 @@ class OfficialConfig:
         Raises:
             RequestError: the file cannot be read, or has an unknown key or a bad value; the message names it.
         """
-        path = Path(path).expanduser()
+        path = expand_home(path)
         context = _ErrorContext(path)
         data = _drop_nulls(_load_yaml(path))
         _refuse_unknown(context, data, TOP_LEVEL_KEYS)
@@ -157,7 +157,7 @@ class OfficialConfig:
         if not name:
             raise context.error(key, f"is missing, so there is no {kind}. Add it, or give one with {flag}.")
         for folder in (self.path.parent, Path()):
-            if (path := folder / Path(name).expanduser()).exists():
+            if (path := folder / expand_home(name)).exists():
                 return str(path.absolute())
         stem = Path(name).name.removesuffix(".safetensors")
         release = next((r for r in registry.RELEASES if r.kind == kind and stem in (r.file_stem, r.name)), None)

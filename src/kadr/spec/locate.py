@@ -23,7 +23,7 @@ from kadr.spec.model_folders import (
     ModelFolders,
     is_name,
 )
-from kadr.validation import check_path
+from kadr.validation import check_path, expand_home
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 MODEL, SECOND_MODEL, VAE, UPSCALER_ROLE, TEXT_ENCODER_ROLE = "model", "second model", "VAE", "upscaler", "text encoder"
@@ -107,7 +107,7 @@ def locate(name_or_path: str | Path, role: str, folders: ModelFolders = NO_FOLDE
     """
     check_path(f"the {role}", name_or_path)
     name = str(name_or_path)
-    is_present = os.path.exists(os.path.expanduser(name_or_path))
+    is_present = os.path.exists(expand_home(name_or_path))
     is_named = name in registry.RELEASES_BY_NAME and not is_present  # a name may come as a `Path`
     if not is_present and (found := locate_in_folders(name, role, folders)) is not None:
         if not is_named:
@@ -275,7 +275,7 @@ def _is_pattern(release: Release) -> bool:
 
 
 def _require_existing(path: str | Path, label: str, folders: ModelFolders = NO_FOLDERS) -> Path:
-    path = Path(path).expanduser()
+    path = expand_home(path)
     if not os.path.exists(path):
         searched = f" The folders of models do not have it either: {folders.describe()}." if folders else ""
         raise CheckpointError(

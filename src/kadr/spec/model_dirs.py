@@ -10,6 +10,7 @@ from typing import Any
 
 from kadr.cache_home import config_home
 from kadr.errors import RequestError
+from kadr.validation import expand_home
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,7 +31,7 @@ def configured_dirs() -> tuple[Path, ...]:
         RequestError: the config file cannot be read, or has other keys than `models_dirs`.
     """
     from_environment = [name for name in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if name.strip()]
-    return (*(Path(name).expanduser() for name in from_environment), *_dirs_of_config_file())
+    return (*(expand_home(name) for name in from_environment), *_dirs_of_config_file())
 
 
 def _dirs_of_config_file() -> tuple[Path, ...]:
@@ -51,7 +52,7 @@ def _dirs_of_config_file() -> tuple[Path, ...]:
     if not isinstance(dirs, list) or not all(isinstance(name, str) and name for name in dirs):
         example = f'{MODELS_DIRS_KEY} = ["~/ComfyUI/models"]'
         raise RequestError(f"{file}: {MODELS_DIRS_KEY} must be a list of folders. Write {example}.")
-    return tuple(file.parent / Path(name).expanduser() for name in dirs)
+    return tuple(file.parent / expand_home(name) for name in dirs)
 
 
 def read_extra_model_paths(file: Path) -> Iterator[tuple[str, Path]]:

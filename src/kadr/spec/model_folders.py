@@ -16,7 +16,7 @@ from typing import Any
 
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.spec.model_dirs import configured_dirs, read_extra_model_paths
-from kadr.validation import check_path
+from kadr.validation import check_path, expand_home
 
 # Names of ComfyUI's folders. Those of a role are searched in the order of its tuple.
 MODEL_KINDS = ("checkpoints", "diffusion_models", "unet")
@@ -216,7 +216,7 @@ def _check_dirs(dirs: Any) -> list[Path]:
     paths = list(dirs)
     for path in paths:
         check_path("a folder of models", path)
-    return [Path(path).expanduser() for path in paths]
+    return [expand_home(path) for path in paths]
 
 
 def _find_kind_folders(path: Path) -> list[ModelFolder]:

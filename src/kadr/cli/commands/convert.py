@@ -15,6 +15,7 @@ from kadr.cli.terminal.progress import report_tensors, show_progress
 from kadr.cli.terminal.table import format_si
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import LORA, Release
+from kadr.validation import expand_home
 
 CONVERT_EPILOG = (
     "Without --dtype every tensor keeps its bits. A LoRA needs no conversion: kadr, ComfyUI and diffusers read each "
@@ -61,7 +62,7 @@ def convert(source: Input, output: Output, dtype: Dtype = None, force: Force = F
     with show_progress() as watch:
         result = convert_checkpoint(
             checkpoint,
-            output.expanduser(),
+            expand_home(output),
             dtype=None if dtype is None else CONVERT_DTYPES[dtype],
             replace=force,
             watch=report_tensors("convert", watch),

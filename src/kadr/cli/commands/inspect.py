@@ -17,6 +17,7 @@ from kadr.cli.terminal.table import format_columns, format_si
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.schema import VIDEO_METADATA, upgrade_video_metadata
+from kadr.validation import expand_home
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 TEXT_ENCODER = "text encoder"
@@ -40,7 +41,7 @@ def inspect(path: Target, release: options.Release = None, as_json: options.Json
     For a checkpoint: version, components and missing components, from the header alone. For a LoRA: the layers it
     adapts, and the model it fits. For a video: its request, and its schema number.
     """
-    path = _find_by_name(path.expanduser())
+    path = _find_by_name(expand_home(path))
     if path.suffix.lower() in VIDEO_SUFFIXES:
         description, lines = _video(path)
     else:

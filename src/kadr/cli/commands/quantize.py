@@ -22,6 +22,7 @@ from kadr.errors import RequestError
 from kadr.models.registry import DEFAULT_TEXT_ENCODER, MODEL_RELEASES, Release
 from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
 from kadr.spec.locate import MODEL, PACKAGE_ROOT, ModelComponent, find_release_on_disk
+from kadr.validation import expand_home
 
 if TYPE_CHECKING:
     from kadr.checkpoints.gguf.convert import ConversionResult
@@ -58,7 +59,7 @@ def quantize(source: Input, output: Output, type: Type, release: options.Release
     check_one_of("--type", type.upper(), MIX_NAMES)
     if output.suffix.lower() != SUFFIX:
         raise typer.BadParameter(f"{output} must end in {SUFFIX}.", param_hint="OUT")
-    output = output.expanduser()
+    output = expand_home(output)
     if output.exists() and not force:
         raise RequestError(f"{output} exists already. Pass --force to replace it, or write to another path.")
     path, known_release = find_input(source, _refuse_release, release)

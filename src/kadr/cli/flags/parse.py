@@ -16,7 +16,7 @@ from kadr.request.request import AUTO_SIZE
 from kadr.sampling.settings import BlockIndices, ScalarOrList
 from kadr.shapes import Size
 
-_FRAME_RANGE = re.compile(r"(-?\d*):(-?\d*)")
+_FRAME_RANGE = re.compile(r"(-?\d{0,12}):(-?\d{0,12})")
 _LIST_SEPARATOR = re.compile("[/;]")
 
 
