@@ -78,7 +78,6 @@ def test_architecture_of_a_gguf_is_escaped(kadr: Run, tmp_path: Path) -> None:
         ("generate", "x", "--model", ESCAPE),
         ("generate", "x", f"--{ESCAPE}"),
         (ESCAPE,),
-        ("generate", "x", "--steps", ESCAPE),
     ],
 )
 def test_names_on_the_command_line_are_escaped(kadr: Run, tmp_path: Path, args: tuple[str, ...]) -> None:

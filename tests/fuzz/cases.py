@@ -155,7 +155,7 @@ def path_cases(draw: Any) -> Case:
 @cache
 def value_flags(verb: str) -> tuple[str, ...]:
     """The flags of a verb that take a number, or numbers in a list."""
-    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    command = typer.main.get_command(app).commands[verb]
     skipped = {"--help", "--prompt", *PATH_FLAGS}
     options = [
         item for item in command.params if item.param_type_name == "option" and not getattr(item, "is_flag", False)

@@ -11,10 +11,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from kadr.cli.main import run
+import typer
+
+from kadr.cli.main import app
 
 MAX_LINE, MAX_SECONDS, MAX_BYTES = 500, 10.0, 1_500_000_000
 ADDRESS_SPACE = 12 << 30  # torch maps gigabytes that it never touches; what it touches is limited by MAX_BYTES
@@ -98,10 +102,16 @@ def run_in_process(case: Case) -> Outcome:
 
 def _exit_code(args: Sequence[str]) -> int:
     try:
-        run(list(args))
+        _command()(args=list(args), prog_name="kadr")
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+@cache
+def _command() -> Any:
+    """Builds the parser of all verbs once: it takes longer than most refused commands."""
+    return typer.main.get_command(app)
 
 
 def run_command(case: Case) -> Outcome:

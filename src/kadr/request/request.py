@@ -48,7 +48,7 @@ class Request:
             "auto" keeps the aspect of the input video, or of the first image or clip, at the model's number of pixels.
         frames: number of frames; rounded up to 8k+1 for sampling, then trimmed.
         fps: frames per second. The temporal positions of the tokens are in seconds, so it changes the speed of motion.
-        seed: any whole number. The same seed gives the same noise on every device.
+        seed: any whole number of up to 1024 bits. The same seed gives the same noise on every device.
         steps: denoising steps.
         sigmas: the schedule itself, decreasing from at most 1, instead of `steps`.
         skip_initial, skip_final: steps left out at the front and at the back of the schedule.

@@ -17,6 +17,7 @@ from kadr.request.request import Request
 from kadr.request.windows import PROMPT_SEPARATOR, Windows
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import CACHE_KINDS, FIRST_BLOCK, TAYLOR, StepCache
+from kadr.shapes import MAX_FRAMES
 from kadr.spec.offload import OFFLOAD_AUTO, OFFLOAD_MODES
 
 if TYPE_CHECKING:
@@ -234,4 +235,6 @@ def with_duration(request: Request, seconds: float | None, engine: Engine) -> Re
     fps = complete_request(request, engine.spec.recipe).fps
     if not 0 < seconds < math.inf or fps is None:
         raise RequestError(f"seconds is {seconds}; it must be a number above 0.")
+    if seconds * fps > MAX_FRAMES:
+        raise RequestError(f"seconds is {seconds:g}; at {fps:g} per second a video has at most {MAX_FRAMES / fps:g}.")
     return replace(request, frames=max(1, round(seconds * fps)))
