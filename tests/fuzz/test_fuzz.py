@@ -18,17 +18,17 @@ from tests.fuzz.command import MAX_BYTES, Case, Outcome, run_command, run_in_pro
 
 SCALE = int(os.environ.get("KADR_FUZZ", "0"))  # 0: the examples of `make test`
 EXAMPLES = {
-    "checkpoint": 45,
+    "checkpoint": 35,
     "gguf": 60,
-    "lora": 40,
-    "video": 60,
-    "image": 16,
-    "clip": 35,
-    "config": 60,
-    "prompt": 10,
-    "path": 80,
-    "number": 110,
-    "environment": 5,
+    "lora": 30,
+    "video": 50,
+    "image": 10,
+    "clip": 30,
+    "config": 40,
+    "prompt": 8,
+    "path": 113,
+    "number": 130,
+    "environment": 4,
 }
 REAL_EXAMPLES = 20 * SCALE or 2
 

@@ -99,7 +99,7 @@ def _is_stored_lora(lora: Any) -> bool:
         and is_path_or_none(lora.get("path"))
         and lora.get("path") is not None
         and is_number(lora.get("strength"))
-        and is_number(lora.get("second_strength"))
+        and (lora.get("second_strength", 0) is None or is_number(lora.get("second_strength")))
     )
 
 
