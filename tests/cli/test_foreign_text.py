@@ -152,7 +152,7 @@ def test_yaml_aliases_and_depth_are_refused(kadr: Run, tmp_path: Path) -> None:
         assert (result.code, reason in result.err, "bug" in result.err) == (1, True, False)
 
 
-def test_vae_of_another_size_than_its_config_is_refused_before_the_first_stage(kadr: Run, tmp_path: Path) -> None:
+def test_vae_that_does_not_fit_its_config_is_refused_before_denoising(kadr: Run, tmp_path: Path) -> None:
     home = tiny_models.write_model(tmp_path)
     model = home / tiny_models.MODEL_FILE
     data = model.read_bytes()

@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: exit code, output, seconds, peak bytes (0 if not measured), and files that it left."""
+    """Everything that a command did: exit code, output, seconds, peak bytes (0 if not measured), and files that it left."""
 
     code: int
     out: str

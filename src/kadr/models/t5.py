@@ -32,7 +32,7 @@ _FIXED_HEADER_VALUES = {
     "is_gated_act": True,
 }
 # Largest sizes in a config, several times those of T5 XXL.
-_MAX_SIZES = {
+_MAX_T5_SIZES = {
     "vocab_size": 1 << 20,
     "d_model": 1 << 15,
     "num_layers": 256,
@@ -77,7 +77,7 @@ class T5Config:
             value, kind = getattr(self, field.name), float if field.name == "layer_norm_epsilon" else int
             if type(value) is not kind or not 0 < value < math.inf:
                 _refuse(field.name, value, f"a positive {'number' if kind is float else 'whole number'}")
-            if value > (maximum := _MAX_SIZES.get(field.name, 1)):
+            if value > (maximum := _MAX_T5_SIZES.get(field.name, 1)):
                 _refuse(field.name, value, f"at most {maximum}")
         if self.relative_attention_num_buckets % 4:
             _refuse(

@@ -48,7 +48,13 @@ TRANSFORMER_FIXED_VALUES: Mapping[str, Any] = {
     "timestep_scale_multiplier": 1000,
 }
 # Largest sizes in a config, several times those of the released 13B: a larger one is damage or an attack.
-_MAX_SIZES = {"num_layers": 256, "num_heads": 256, "head_dim": 1024, "caption_channels": 1 << 16, "in_channels": 4096}
+_MAX_TRANSFORMER_SIZES = {
+    "num_layers": 256,
+    "num_heads": 256,
+    "head_dim": 1024,
+    "caption_channels": 1 << 16,
+    "in_channels": 4096,
+}
 _MAX_ROPE_VALUE = 1e9
 _ROPE_AXES = ("seconds of rope_max_positions", "height of rope_max_positions", "width of rope_max_positions")
 # STG modes that perturb a block's self-attention -> what replaces the output of that attention.
@@ -80,7 +86,7 @@ class TransformerConfig:
     causal_temporal_positioning: bool = True
 
     def __post_init__(self) -> None:
-        for name, maximum in _MAX_SIZES.items():
+        for name, maximum in _MAX_TRANSFORMER_SIZES.items():
             check_config_count("transformer", name, getattr(self, name), maximum)
         for name, value in (("rope_theta", self.rope_theta), *zip(_ROPE_AXES, self.rope_max_positions, strict=True)):
             check_config_number("transformer", name, value, _MAX_ROPE_VALUE)

@@ -21,7 +21,11 @@ NORM_GROUPS = 32  # groups of every GroupNorm
 OFFICIAL_CLASS_NAME = "LatentUpsampler"
 # Keys of the header. `in_channels`, `mid_channels` and `dims` have no default: its readers do not agree on one.
 _SIZE_KEYS = ("in_channels", "mid_channels", "num_blocks_per_stage")
-_MAX_SIZES = {"in_channels": 4096, "mid_channels": 1 << 14, "num_blocks_per_stage": 64}  # several times the released
+_MAX_UPSCALER_SIZES = {
+    "in_channels": 4096,
+    "mid_channels": 1 << 14,
+    "num_blocks_per_stage": 64,
+}  # several times the released
 _FLAG_KEYS = ("spatial_upsample", "temporal_upsample")
 _DEFAULTS: Mapping[str, Any] = {"num_blocks_per_stage": 4, "spatial_upsample": True, "temporal_upsample": False}
 _DIMS = 3
@@ -46,7 +50,7 @@ class UpscalerConfig:
     temporal_upsample: bool
 
     def __post_init__(self) -> None:
-        for name, maximum in _MAX_SIZES.items():
+        for name, maximum in _MAX_UPSCALER_SIZES.items():
             check_config_count("upscaler", name, getattr(self, name), maximum)
         for name in _FLAG_KEYS:
             check_config_flag("upscaler", name, getattr(self, name))

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-MAX_DEPTH = 32  # the official configs have 3
+MAX_YAML_DEPTH = 32  # the official configs have 3
 
 
 def parse_yaml(text: str) -> Any:
@@ -34,8 +34,8 @@ class _PlainLoader(yaml.SafeLoader):
             alias = self.peek_event()
             raise ValueError(f"*{alias.anchor} in line {alias.start_mark.line + 1} is an alias; write the value out")
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        if self.depth > MAX_YAML_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_YAML_DEPTH} deep")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

@@ -39,7 +39,7 @@ VAE_FIXED_VALUES: Mapping[str, Any] = {
 }
 # Largest sizes in a config, several times the released ones.
 _MAX_LAYERS, _MAX_MULTIPLIER, _MAX_BLOCKS, _MAX_CHANNELS = 64, 8, 64, 1 << 14
-_MAX_SIZES = {
+_MAX_VAE_SIZES = {
     "latent_channels": 4096,
     "patch_size": 32,
     "encoder_base_channels": 4096,
@@ -126,7 +126,7 @@ class VAEConfig:
     decoder_base_channels: int = 128
 
     def __post_init__(self) -> None:
-        for name, maximum in _MAX_SIZES.items():
+        for name, maximum in _MAX_VAE_SIZES.items():
             check_config_count("VAE", name, getattr(self, name), maximum)
         check_config_flag("VAE", "timestep_conditioning", self.timestep_conditioning)
         for name, blocks in (("encoder_blocks", self.encoder_blocks), ("decoder_blocks", self.decoder_blocks)):
