@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that a command did: exit code, output, seconds, peak bytes (0 if not measured), and files that it left."""
+    """Exit code and output of a command, its seconds and peak bytes (0 if not measured), and the files that it left."""
 
     code: int
     out: str
