@@ -55,9 +55,10 @@ def check_config_count(component: str, key: str, value: Any, maximum: int, minim
         CheckpointError: it is not a whole number in [minimum, maximum].
     """
     if not is_whole_number(value) or not minimum <= value <= maximum:
+        kind = "a positive whole number" if minimum == 1 else f"a whole number, at least {minimum}"
         raise CheckpointError(
-            f"the {component} has {key} = {quote(value)}; it must be a whole number between {minimum} and {maximum}. "
-            "Use the file as released."
+            f"the {component} has {key} = {quote(value)}; it must be {kind} and at most {maximum}. Use the file as "
+            "released."
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -57,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Exit code and output of a command, its seconds and peak bytes (0 if not measured), and the files that it left."""
+    """Exit code and output of a command, its seconds and peak bytes (in process: those it added), and new files."""
 
     code: int
     out: str
@@ -92,12 +94,17 @@ def run_in_process(case: Case) -> Outcome:
     """Runs a case in this process, in a folder of its own."""
     out, err = io.StringIO(), io.StringIO()
     with _folder_of(case) as folder, _environment(case.environment), _working_folder(folder):
-        begin = time.perf_counter()
+        begin, peak_before = time.perf_counter(), _peak_bytes()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = _exit_code(case.args)
         seconds = time.perf_counter() - begin
         new_files = _new_files(folder, case)
-    return Outcome(code, out.getvalue(), err.getvalue(), seconds, 0, new_files)
+    gc.collect()  # engines are in cycles; those of hundreds of cases would add up
+    return Outcome(code, out.getvalue(), err.getvalue(), seconds, _peak_bytes() - peak_before, new_files)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _exit_code(args: Sequence[str]) -> int:
