@@ -178,23 +178,7 @@ class VideoWriter:
             self._container.close()
             if (comment := self._build_comment()) is not None and comment != self._comment:
                 self._replace_comment(comment)
-            self._take_name()
-
-    def _take_name(self) -> None:
-        """Gives the finished file its name; where that is refused, another one, because the video must not be lost.
-
-        Raises:
-            MediaError: names the file that has the video.
-        """
-        try:
-            replace_file(self._partial, self.path)
-        except PermissionError as error:
-            other_path = self.path.with_stem(f"{self.path.stem}-{self._partial.name.split('.')[1]}")
-            replace_file(self._partial, other_path)
-            raise MediaError(
-                f"{self.path} could not be replaced: {error.strerror or error}; another program may have it open. The "
-                f"video is complete, as {other_path}. Rename it once {self.path.name} is closed."
-            ) from error
+            _take_name(self._partial, self.path)
 
     def _replace_comment(self, comment: str) -> None:
         """Copies the finished file with another comment tag; no frame is encoded again."""
@@ -244,6 +228,23 @@ class VideoWriter:
             raise MediaError(f"{reason} {_free_space(self.path.parent)}") from error
         except av.error.FFmpegError as error:
             raise MediaError(f"{self.path} could not be encoded: {error}.") from error
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    """Gives a finished file its name; where that is refused, another one, because the video must not be lost.
+
+    Raises:
+        MediaError: names the file that has the video.
+    """
+    try:
+        replace_file(partial, path)
+    except PermissionError as error:
+        other_path = path.with_stem(f"{path.stem}-{partial.name.split('.')[1]}")
+        replace_file(partial, other_path)
+        raise MediaError(
+            f"{path} could not be replaced: {error.strerror or error}; another program may have it open. The video is "
+            f"complete, as {other_path}. Rename it once {path.name} is closed."
+        ) from error
 
 
 def swscale_flags() -> int:

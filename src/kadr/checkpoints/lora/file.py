@@ -168,9 +168,8 @@ class LoraFile:
             factor = math.nan
         if not 1 <= factor < math.inf or factor != int(factor):
             raise CheckpointError(
-                f"{self.path}: its header has {REFERENCE_DOWNSCALE_KEY} = {quote(value)}; it must be a "
-                "whole number of at "
-                "least 1."
+                f"{self.path}: its header has {REFERENCE_DOWNSCALE_KEY} = {quote(value)}; it must be a whole number of "
+                "at least 1."
             )
         return int(factor)
 
