@@ -69,22 +69,21 @@ class Engine(StageAccess):
             text_encoder: a folder with a T5 encoder and its tokenizer, a .safetensors, a .gguf or a registry name; by
                 default the one in the model's file, remembered by it or beside it, else the one of the registry.
             vae: a checkpoint whose VAE replaces the model's own, or the one that a GGUF file remembers.
-            upscaler: names or paths of latent upscalers for requests with two passes, at most one spatial and one
-                temporal; by default the one released for the model.
+            upscaler: latent upscalers between two passes, at most one spatial and one temporal; by default the one
+                released for the model.
             second_model: a model whose transformer and recipe the second pass uses.
             recipe: defaults for what requests leave out, instead of the model's own.
             models_dirs: folders arranged as ComfyUI's `models`, or its extra_model_paths.yaml, where names are looked
                 up that are neither paths nor releases; then those of $KADR_MODELS and of kadr's config file.
-            loras: `Lora`s, paths, or tuples (path, strength) or (path, strength, strength in the second pass). They
-                are applied as separate matmuls over weights in any format, and a request may set their strengths.
+            loras: `Lora`s, paths, or tuples (path, strength) or (path, strength, strength in the second pass), over
+                weights in any format; a request may set their strengths.
             lora_partial: ignore a LoRA's weights for layers that the transformer lacks, with a warning.
             merge_loras: add the LoRAs to the weights at load time: slightly faster, rounded, with fixed strengths.
-            device: "auto", "cpu", "cuda" or "mps".
-            dtype: "auto", "bfloat16" or "float32".
-            quant: weight format of the transformer in memory, a key of `kadr.quant.weight_formats.WEIGHT_FORMATS`. None
-                keeps the file's own, which is exact. GGUF and fp8 files need no value.
-            offload: what to unload or stream: "auto" (the fastest that fits), "none" (nothing), "stages"
-                (each module after its stage) or "blocks" (stream transformer blocks).
+            device, dtype: "auto", or "cpu", "cuda" or "mps"; "auto", or "bfloat16" or "float32".
+            quant: weight format of the transformer in memory, a key of `kadr.quant.weight_formats.WEIGHT_FORMATS`; None
+                keeps the file's own.
+            offload: "auto" (the fastest that fits), "none", "stages" (unload each module after its stage) or "blocks"
+                (stream transformer blocks).
             compile_transformer: fuse the transformer's layers with torch.compile, on CUDA: the first video waits.
             prompt_cache: cache prompt embeddings on disk, 512 MB at most: True, or the path of a folder. A cached
                 prompt does not need the text encoder.
