@@ -42,7 +42,7 @@ def engine_without_weights(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> E
 def image_condition(tmp_path_factory: pytest.TempPathFactory) -> Condition:
     """Condition on an image of noise, 90x40, at frame 0."""
     path = tmp_path_factory.mktemp("image") / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 84, 3), dtype=np.uint8)).save(path)
     return Condition(media=str(path))
 
 

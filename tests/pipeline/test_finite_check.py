@@ -265,7 +265,7 @@ def test_retried_stage_gives_the_float32_result(
     reports: list[Progress] = []
     with pytest.warns(KadrWarning, match=rf"^{stage} .*{location} in bfloat16; retrying in float32") as warned:
         video = bf16_engine.generate(request, watch=reports.append)
-    assert len(warned) == 1
+    assert len(warned) == 1, [str(w.message) for w in warned]
     if stage == "decode":  # frames already yielded stay
         num_yielded = first_difference(video, plain)
         assert num_yielded > 0
@@ -291,7 +291,7 @@ def test_stage_that_fails_in_float32_is_named_and_leaves_no_file(
     STAGES[stage][0](monkeypatch, (BFLOAT16, FLOAT32))
     with pytest.warns(KadrWarning) as warned, pytest.raises(NonFiniteError, match=STAGES[stage][1]) as caught:
         bf16_engine.write(replace(REQUEST, conditions=(image_condition,)), output_folder / "a.mp4")
-    assert len(warned) == 1
+    assert len(warned) == 1, [str(w.message) for w in warned]
     assert caught.value.stage == stage
     assert list(output_folder.iterdir()) == []
 
@@ -304,7 +304,7 @@ def test_damaged_weights_stop_a_generation_after_one_retry(tmp_path: Path) -> No
     engine = Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16", prompt_cache=False)
     with pytest.warns(KadrWarning) as warned, pytest.raises(NonFiniteError, match="step 1 of 3, in float32") as caught:
         engine.denoise(REQUEST)
-    assert len(warned) == 1
+    assert len(warned) == 1, [str(w.message) for w in warned]
     assert caught.value.stage == "denoise"
 
 

@@ -43,7 +43,7 @@ XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv
 VAES = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
 UPSCALERS = [
     UpscalerConfig(mid_channels=64, num_blocks_per_stage=2, spatial_upsample=spatial, temporal_upsample=temporal)
-    for spatial, temporal in ((1, 0), (0, 1), (1, 1))
+    for spatial, temporal in ((True, False), (False, True), (True, True))
 ]
 GRID = LatentGrid(3, 4, 2)
 SMALL = TransformerConfig(num_layers=3, num_heads=4, head_dim=64, caption_channels=48, in_channels=8)

@@ -95,7 +95,7 @@ def account(module: nn.Module, source: Source, key_map: Mapping[str, str], *, ig
     ]
     if any(names for _, names in mismatches):
         report = "; ".join(
-            f"{len(names)} tensors {problem}: {join_first(names)}" for problem, names in mismatches if names
+            f"{len(names)} tensors {problem}: {join_first(names, 1)}" for problem, names in mismatches if names
         )
         raise CheckpointError(
             f"{source.path} does not fit its {type(module).__name__.lower()}: {report}. "

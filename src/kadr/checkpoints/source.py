@@ -198,8 +198,8 @@ def _find_shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
-def join_first(names: Iterable[str]) -> str:
-    """Joins the first names of a list for an error, and says how many more there are."""
+def join_first(names: Iterable[str], count: int = MAX_LISTED_NAMES) -> str:
+    """Joins the first `count` names of a list for an error, and says how many more there are."""
     names = list(names)
-    listed, rest = names[:MAX_LISTED_NAMES], len(names) - MAX_LISTED_NAMES
+    listed, rest = names[:count], len(names) - count
     return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")
