@@ -489,3 +489,14 @@ def test_untrainable_engines_and_outputs_are_refused(engine: Engine, home: Path,
 def test_out_of_range_settings_are_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         replace(SETTINGS, **{field: value})
+
+
+def test_model_that_is_not_on_disk_is_fetched_before_anything_is_encoded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_training, "needs_gradient_checkpointing", lambda *args: True)  # whatever fits here
+    engine = Engine.open("ltxv-2b-0.9.8-distilled", device="cpu")
+    settings = TrainingSettings(size=SIZE, frames=FRAMES, steps=1)
+    with pytest.raises(CheckpointError, match=r"ltxv-2b-0\.9\.8-distilled\.safetensors .* could not be fetched"):
+        LoRATraining(engine, folder, tmp_path / "mine.safetensors", settings).run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips"]

@@ -128,6 +128,7 @@ class LoRATraining:
             self.dataset_folder, settings.frames, references=settings.references == FILES, skip_broken=self.skip_broken
         )
         gradient_checkpointing = needs_gradient_checkpointing(self.engine, settings, examples)
+        self.engine.prepare(example_request(examples[0], settings))
         with lock_folder(self.work_folder):
             identity = self._identity(examples)
             check_state(self._state_path, identity, settings.steps)
