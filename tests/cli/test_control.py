@@ -80,6 +80,12 @@ def test_malformed_control_is_refused(
     assert engine.requests == []
 
 
+def test_missing_clip_that_is_given_twice_is_named_once(kadr: Run, engine: FakeEngine, tmp_path: Path) -> None:
+    result = kadr("generate", PROMPT, "--input-video", tmp_path / "gone.mp4", "--control", tmp_path / "gone.mp4")
+    assert result.code == 1
+    assert result.err.count("gone.mp4") == 1
+
+
 def test_dry_run_lists_controls(kadr: Run, clip: str) -> None:
     args = ("generate", PROMPT, "--frames", "9", "--control", f"canny:{clip}", "--dry-run")
     result = kadr(*args)

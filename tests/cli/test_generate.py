@@ -298,6 +298,7 @@ def test_path_goes_to_stdout_and_messages_to_stderr(kadr: Run, engine: FakeEngin
     assert (result.code, result.out) == (0, "out.mp4\n")
     messages = [line for line in result.err.splitlines() if not line.startswith("plan: ")]
     assert messages == ["denoising: 2 of 2", "9 frames of 64x64 at 24 per second, made in 0:02"]
+    assert "\n1 frame of 64x64" in kadr("generate", PROMPT, "--model", "m.safetensors", "--frames", "1").err
 
 
 def test_demo_is_announced_only_where_no_model_is_named(

@@ -143,7 +143,7 @@ def test_plan_converts_to_text_and_to_plain_data() -> None:
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0.2, "a second"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h"), (950_000, "11 days")],
+    [(0.2, "1 s"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h"), (950_000, "11 days")],
 )
 def test_seconds_are_formatted_in_the_usual_unit(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
@@ -153,6 +153,8 @@ def test_calibrated_plan_says_one_time_and_uncalibrated_a_range() -> None:
     plan = plan_in(stage_options(text=(placement(10),), denoise=(placement(10),)), 100)
     data = plan.to_json()
     assert (data["calibrated"], data["seconds"], data["seconds_range"]) == (False, 4.0, [1.6, 10.0])
+    quick = plan_in(stage_options(text=(replace(placement(10), seconds=0.1),)), 100)
+    assert quick.describe_time() == "about 1 s"  # rather than "about 1 s to 1 s"
     calibrated = replace(plan, is_calibrated=True, startup_seconds=3.0).with_startup()
     assert calibrated.summary().endswith("; about 7 s")
     data = calibrated.to_json()

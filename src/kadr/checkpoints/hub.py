@@ -329,7 +329,10 @@ def _as_checkpoint_error(repo: str, patterns: str, error: Exception) -> Checkpoi
         return CheckpointError(f"there is no repository {repo} on the hub, or it is private. Check {_url(repo)}.")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return _not_in_repo_error(repo, patterns)
-    reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    if isinstance(error, errors.OfflineModeIsEnabled):  # its own text is half a line of advice
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return CheckpointError(
         f"{patterns} of {repo} is not in the cache ({_cache_folder()}) and could not be fetched: {reason}. Try again "
         f"with a network; or download it from {_url(repo)} on another machine and give its path instead of a name, or "

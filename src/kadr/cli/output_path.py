@@ -114,7 +114,7 @@ def refuse_missing_media(request: Request) -> None:
             raise MediaError(f"{path} cannot be read: {error}.") from error
         except OSError:
             continue  # named below, with all the others
-    absent = [str(path) for path in request.media_paths() if not path.is_file()]
+    absent = list(dict.fromkeys(str(path) for path in request.media_paths() if not path.is_file()))
     if absent:
         raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the image or clip.")
 

@@ -54,8 +54,9 @@ def write_video(
     report = summary(engine, video_file)
     if latents_path is not None:
         save_latents(video_file, latents_path, report)
-    frames, duration = video_file.frames, format_duration(video_file.seconds)
-    print_stderr(f"{frames} frames of {video_file.size} at {video_file.fps:g} per second, made in {duration}")
+    frames = f"{video_file.frames} frame{'s' if video_file.frames != 1 else ''}"
+    duration = format_duration(video_file.seconds)
+    print_stderr(f"{frames} of {video_file.size} at {video_file.fps:g} per second, made in {duration}")
     outcome = f"the video is written to {video_file.path}, but its path could not be printed:"
     if as_json:
         print_stdout(json.dumps(report), outcome=outcome)

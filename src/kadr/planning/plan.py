@@ -215,7 +215,8 @@ class Plan:
         """Returns the time in words; on a machine that was not measured, from least to most."""
         if self.is_calibrated:
             return f"about {format_seconds(self.seconds)}"
-        return "about {} to {}".format(*map(format_seconds, self.seconds_range))
+        least, most = map(format_seconds, self.seconds_range)
+        return f"about {most}" if least == most else f"about {least} to {most}"
 
 
 def _cached_bytes(earlier_stages: Sequence[StagePlan], component: str, cached_components: frozenset[str]) -> int:
@@ -231,10 +232,8 @@ def cached_component_bytes(stages: Sequence[StagePlan], component: str) -> int:
 
 def format_seconds(seconds: float) -> str:
     """Formats a duration in the unit that people use."""
-    if seconds < 1:
-        return "a second"
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{max(seconds, 1):.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
