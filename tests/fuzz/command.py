@@ -26,15 +26,16 @@ MAX_LINE, MAX_SECONDS, MAX_BYTES = 500, 10.0, 1_500_000_000
 ADDRESS_SPACE = 12 << 30  # torch maps gigabytes that it never touches; what it touches is limited by MAX_BYTES
 SOURCES = Path(__file__).parents[2] / "src"
 _BUG = ("This is a bug", "Traceback (most recent call last)")
+# The peak is VmHWM: ru_maxrss begins at the resident set of the process that started this one.
 _RUN_AND_MEASURE = """
-import resource, sys
+import re, resource, time
 resource.setrlimit(resource.RLIMIT_AS, ({space}, {space}))
 from kadr.__main__ import main
 try:
     main()
 finally:
-    with open({file!r}, "w") as file:
-        file.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    with open({file!r}, "w") as file, open("/proc/self/status") as status:
+        print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read())[1]), time.process_time(), file=file)
 """
 
 
@@ -59,7 +60,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Exit code and output of a command, its seconds and peak bytes (in process: those it added), and new files."""
+    """Exit code and output of a command, its CPU seconds and peak bytes (in process: those it added), and new files.
+
+    Seconds of the CPU, because tests run beside others: a command that only waits is ended by a timeout.
+    """
 
     code: int
     out: str
@@ -94,10 +98,10 @@ def run_in_process(case: Case) -> Outcome:
     """Runs a case in this process, in a folder of its own."""
     out, err = io.StringIO(), io.StringIO()
     with _folder_of(case) as folder, _environment(case.environment), _working_folder(folder):
-        begin, peak_before = time.perf_counter(), _peak_bytes()
+        begin, peak_before = time.process_time(), _peak_bytes()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = _exit_code(case.args)
-        seconds = time.perf_counter() - begin
+        seconds = time.process_time() - begin
         new_files = _new_files(folder, case)
     gc.collect()  # engines are in cycles; those of hundreds of cases would add up
     return Outcome(code, out.getvalue(), err.getvalue(), seconds, _peak_bytes() - peak_before, new_files)
@@ -124,10 +128,9 @@ def _command() -> Any:
 def run_command(case: Case) -> Outcome:
     """Runs a case as a process of its own, with a limit on its memory."""
     with _folder_of(case) as folder, TemporaryDirectory() as outside:
-        peak_file = Path(outside) / "peak"
-        script = _RUN_AND_MEASURE.format(space=ADDRESS_SPACE, file=str(peak_file))
+        measured_file = Path(outside) / "measured"
+        script = _RUN_AND_MEASURE.format(space=ADDRESS_SPACE, file=str(measured_file))
         environment = {**os.environ, "PYTHONPATH": str(SOURCES), **case.environment}
-        begin = time.perf_counter()
         process = subprocess.run(
             [os.fsencode(part) for part in (sys.executable, "-c", script, *case.args)],
             cwd=folder,
@@ -136,10 +139,9 @@ def run_command(case: Case) -> Outcome:
             timeout=120,
             check=False,
         )
-        seconds = time.perf_counter() - begin
-        peak = int(peak_file.read_text()) if peak_file.exists() else 0
+        peak, seconds = measured_file.read_text().split() if measured_file.exists() else ("0", "0")
         texts = (stream.decode("utf-8", "surrogateescape") for stream in (process.stdout, process.stderr))
-        return Outcome(process.returncode, *texts, seconds, peak, _new_files(folder, case))
+        return Outcome(process.returncode, *texts, float(seconds), int(peak), _new_files(folder, case))
 
 
 @contextlib.contextmanager
