@@ -203,6 +203,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, vae: VAE) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_name_of_255_bytes_is_written(tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 243}.safetensors"
+    write_tensors(path, {"a": torch.zeros(1)}, dtype=torch.float32, metadata={})
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_missing_folder_is_a_checkpoint_error(tmp_path: Path, vae: VAE) -> None:
     with pytest.raises(CheckpointError, match="cannot be written: No such file or directory"):
         write_single_file(tmp_path / "none" / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from tests import tiny_models
 from tests.cli.conftest import CommandResult
 
+FULL_DEVICE = Path("/dev/full")
 Run = Callable[..., CommandResult]
 
 
@@ -51,6 +53,25 @@ def test_existing_output_is_replaced_only_with_force(kadr: Run, home: Path, tmp_
     assert "exists already. Pass --force" in result.err
     assert out.read_text() == "older"
     assert kadr("convert", home / tiny_models.MODEL_FILE, out, "--force").code == 0
+
+
+def test_output_that_is_a_link_to_itself_is_no_bug(kadr: Run, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    out.symlink_to(out)
+    assert kadr("convert", home / tiny_models.MODEL_FILE, out, "--force").code == 0
+    assert load_file(out)
+
+
+@pytest.mark.skipif(not FULL_DEVICE.exists(), reason="the system has no /dev/full")
+def test_full_stdout_says_that_the_model_is_written(
+    kadr: Run, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.safetensors"
+    with FULL_DEVICE.open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        result = kadr("convert", home / tiny_models.MODEL_FILE, out)
+    assert result.code == 1
+    assert f"{out} is written, but its path could not be printed: stdout cannot be written" in result.err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE, VAEConfig
 from kadr.sampling.schedules import Schedule
+from kadr.validation import MAX_NAME_BYTES
 
 Materialize = Callable[[str, Tensor], Tensor]
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -242,7 +244,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _temporary_path(path)
     remove = partial(temporary.unlink, missing_ok=True)
     with remove_if_ended(remove):
         try:
@@ -264,7 +266,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _temporary_path(path)
     remove = partial(shutil.rmtree, temporary, ignore_errors=True)
     with remove_if_ended(remove):
         try:
@@ -276,6 +278,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise CheckpointError(f"{path} cannot be written: {reason}. Write it elsewhere.") from error
         finally:
             remove()
+
+
+def _temporary_path(path: Path) -> Path:
+    """Returns a hidden path beside `path`, of this process; its name is short enough for any that `path` may have."""
+    end, name = f".{os.getpid()}.part", path.name
+    if len(os.fsencode(name)) + len(end) >= MAX_NAME_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}{end}")
 
 
 def _replace_folder(new: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -92,4 +93,4 @@ def _with_absolute_paths(request: Request) -> Request:
 
 
 def _absolute_path(path: str) -> str:
-    return str(expand_home(path).resolve())
+    return os.path.realpath(expand_home(path))

@@ -276,8 +276,8 @@ def _refuse_target(path: Path, source: Path, *, is_folder: bool, replace: bool) 
         return
     if not replace:
         raise CheckpointError(f"{path} exists already. Pass --force to replace it, or write to another path.")
-    real_source = source.resolve()
-    if path.resolve() in (real_source, *real_source.parents):
+    real_source = Path(os.path.realpath(source))
+    if Path(os.path.realpath(path)) in (real_source, *real_source.parents):
         raise CheckpointError(f"{path} has the source {source} in it. Write to another path.")
     if path.is_dir() != is_folder:
         raise CheckpointError(f"{path} is a {'folder' if path.is_dir() else 'file'} already. Write to another path.")

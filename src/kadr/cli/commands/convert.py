@@ -11,6 +11,7 @@ from kadr.cli.commands.quantize import Force
 from kadr.cli.flags.parse import check_one_of
 from kadr.cli.input_path import find_input
 from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.output import print_path
 from kadr.cli.terminal.progress import report_tensors, show_progress
 from kadr.cli.terminal.table import format_si
 from kadr.errors import CheckpointError, RequestError
@@ -70,7 +71,7 @@ def convert(source: Input, output: Output, dtype: Dtype = None, force: Force = F
     print_stderr(f"{format_si(result.source_bytes)} bytes before, {format_si(result.output_bytes)} now")
     for note in result.notes:
         print_stderr(note)
-    print(output)
+    print_path(output, outcome=f"{output} is written, but its path could not be printed:")
 
 
 def _refuse_release(release: Release) -> None:
