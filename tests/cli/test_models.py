@@ -323,7 +323,7 @@ def test_list_shows_models_in_folders_and_goes_on_after_broken_ones(kadr: Run, t
         assert [row.split()[:2] for row in rows[1:]] == [
             ["sub/model.safetensors", "checkpoints"],
             ["sub/text_encoder", "checkpoints"],
-            ["'a\\x1b[31m.safetensors'", "loras"],
+            ["a\\x1b[31m.safetensors", "loras"],
             ["b.safetensors", "loras"],
         ]
         assert "is not a safetensors file" in rows[-1]

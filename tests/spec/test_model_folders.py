@@ -179,7 +179,10 @@ def test_environment_and_config_file_come_after_the_argument(tmp_path: Path, mon
         (b"models_dirs = [", "is not TOML"),
         (b"a = " + b"[" * 5000, "is not TOML"),
         (b"\xff\xfe", "is not text in UTF-8"),
-        (b"#" * 300_000, "has more than 262,144 bytes"),
+        (b"a." * 20_000 + b"a = 1", "has more than 8,192 bytes"),
+        (b"a = " + b"9" * 5000, "is not TOML"),
+        (b'models_dirs = ["~\\u0000"]', "no path has a NUL character"),
+        (b'models_dirs = ["' + b"x" * 300 + b'"]', "a file name has at most 255 bytes"),
     ],
 )
 def test_bad_config_file_is_refused_by_name(
@@ -231,10 +234,13 @@ def test_extra_model_paths_of_comfyui_name_folders_by_kind(tmp_path: Path) -> No
         ("- a\n- b", "is not an extra_model_paths.yaml"),
         ("a: b", "is not an extra_model_paths.yaml"),
         ("a: {loras: [x]}", r"'loras' is .* it must be text"),
-        ("a: {base_path: 3}", r"'base_path' is '3'; it must be text"),
+        ("a: {base_path: 3}", r"'base_path' is 3; it must be text"),
         ("a: [", "is not YAML"),
         ("[" * 1200, "is not YAML"),
         ("a: !!python/object:os.system x", "is not YAML"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: {vae: [*b, *b]}", r"\*a in line 2 is an alias"),
+        ("a: {vae: [" + "x," * 6000 + "]}", "has more than 5000 keys and values"),
+        ('a: {base_path: "~\\0", vae: x}', "no path has a NUL character"),
         ("a: {unknown: x}", "has none of the folders checkpoints"),
     ],
 )

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from functools import cache
 
 from kadr.errors import RequestError
+from kadr.quoting import quote
 
 ENVIRONMENT_VARIABLE = "KADR_KERNELS"
 AUTO, REFERENCE, EVERYWHERE = "auto", "reference", "everywhere"
@@ -53,5 +54,5 @@ def _environment_mode() -> str:
 
 def _check(name: str, source: str) -> str:
     if name not in MODES:
-        raise RequestError(f"{source} is {name!r}; it must be one of {', '.join(MODES)}.")
+        raise RequestError(f"{source} is {quote(name)}; it must be one of {', '.join(MODES)}.")
     return name

@@ -438,7 +438,7 @@ def find_model_release(name: str) -> Release:
     release = RELEASES_BY_NAME.get(name)
     if release is None or release.kind != "model":
         names = ", ".join(model.name for model in MODEL_RELEASES)
-        raise RequestError(f"release is {name!r}; it must be the name of a released model: one of {names}.")
+        raise RequestError(f"release is {quote(name)}; it must be the name of a released model: one of {names}.")
     return release
 
 

@@ -18,10 +18,10 @@ from kadr.models import registry
 from kadr.models.registry import Recipe
 from kadr.quoting import quote, show
 from kadr.regular_file import open_regular
-from kadr.request.yaml_reader import parse_yaml
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
 from kadr.validation import expand_home, is_number
+from kadr.yaml_reader import parse_yaml
 
 MAX_CONFIG_BYTES = 1 << 16  # the official ones have two kilobytes; a larger file is something else
 PIPELINE_TYPES = ("base", "multi-scale")

@@ -12,6 +12,7 @@ from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.models import registry
 from kadr.models.registry import Release
+from kadr.quoting import quote
 from kadr.spec.model_folders import (
     CHECKPOINT_SUFFIXES,
     LORA_KINDS,
@@ -149,8 +150,8 @@ def _not_found_error(name: str, role: str, folders: ModelFolders) -> RequestErro
     similar = registry.similar_names(name)
     hint = f" Did you mean {', '.join(similar)}?" if similar else ""
     return RequestError(
-        f"there is no {role} named {name!r}, neither a release nor in the folders of models ({folders.describe()})."
-        f"{hint} `kadr models` lists both; to open a file, pass its path."
+        f"there is no {role} named {quote(name)}, neither a release nor in the folders of models "
+        f"({folders.describe()}).{hint} `kadr models` lists both; to open a file, pass its path."
     )
 
 

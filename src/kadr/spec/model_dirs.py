@@ -10,7 +10,9 @@ from typing import Any
 
 from kadr.cache_home import config_home
 from kadr.errors import RequestError
-from kadr.validation import expand_home
+from kadr.quoting import quote
+from kadr.regular_file import open_regular
+from kadr.validation import check_path, expand_home
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,7 +21,8 @@ else:
 
 MODELS_VARIABLE = "KADR_MODELS"  # environment variable: folders of models, separated as in PATH
 CONFIG_FILE, MODELS_DIRS_KEY = "config.toml", "models_dirs"
-MAX_DIRS_FILE_BYTES = 1 << 18  # of a file that names folders; real ones have a few kilobytes
+# Real ones have a few kilobytes. Python's TOML reader takes half a minute for one key of 20,000 parts.
+MAX_YAML_BYTES, MAX_TOML_BYTES = 1 << 16, 1 << 13
 # Entries of extra_model_paths.yaml that are not folders of a kind.
 _YAML_SETTINGS = ("base_path", "is_default")
 
@@ -42,16 +45,19 @@ def _dirs_of_config_file() -> tuple[Path, ...]:
         return ()
     if not file.is_file():
         return ()
+    text = _read_text(file, MAX_TOML_BYTES)
     try:
-        config = tomllib.loads(_read_text(file))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        config = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise RequestError(f"{file} is not TOML: {_first_line(error)}. Correct it, or delete it.") from error
     if unknown := sorted(config.keys() - {MODELS_DIRS_KEY}):
-        raise RequestError(f"{file} has {unknown[0]!r}; kadr knows only {MODELS_DIRS_KEY}. Take it out.")
+        raise RequestError(f"{file} has {quote(unknown[0])}; kadr knows only {MODELS_DIRS_KEY}. Take it out.")
     dirs = config.get(MODELS_DIRS_KEY, [])
     if not isinstance(dirs, list) or not all(isinstance(name, str) and name for name in dirs):
         example = f'{MODELS_DIRS_KEY} = ["~/ComfyUI/models"]'
         raise RequestError(f"{file}: {MODELS_DIRS_KEY} must be a list of folders. Write {example}.")
+    for name in dirs:
+        check_path(f"a folder of {file}", name)
     return tuple(file.parent / expand_home(name) for name in dirs)
 
 
@@ -64,11 +70,12 @@ def read_extra_model_paths(file: Path) -> Iterator[tuple[str, Path]]:
     Raises:
         RequestError: the file cannot be read, or is not of that form.
     """
-    import yaml  # only such a file needs it
+    from kadr.yaml_reader import parse_yaml  # loads the YAML reader, which only such a file needs
 
+    text = _read_text(file, MAX_YAML_BYTES)
     try:
-        sections = yaml.safe_load(_read_text(file))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        sections = parse_yaml(text)
+    except ValueError as error:
         raise RequestError(f"{file} is not YAML: {_first_line(error)}. Correct it.") from error
     if not isinstance(sections, Mapping) or not all(isinstance(entry, Mapping | None) for entry in sections.values()):
         raise RequestError(
@@ -80,35 +87,38 @@ def read_extra_model_paths(file: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _folders_of_section(file: Path, section: Mapping[Any, Any]) -> Iterator[tuple[str, Path]]:
-    base = file.parent / _expand(_require_text(file, "base_path", section.get("base_path") or ""))
+    base = file.parent / _expand(file, _require_text(file, "base_path", section.get("base_path") or "."))
     for kind, lines in section.items():
         if kind not in _YAML_SETTINGS and lines is not None:
             for line in _require_text(file, kind, lines).splitlines():
                 if line.strip():
-                    yield str(kind), base / _expand(line.strip())
+                    yield str(kind), base / _expand(file, line.strip())
 
 
 def _require_text(file: Path, key: Any, value: Any) -> str:
     if not isinstance(value, str):
-        raise RequestError(f"{file}: {str(key)[:40]!r} is {str(value)[:40]!r}; it must be text, one folder per line.")
+        raise RequestError(f"{file}: {quote(key)} is {quote(value)}; it must be text, one folder per line.")
     return value
 
 
-def _expand(text: str) -> str:
+def _expand(file: Path, text: str) -> str:
+    check_path(f"a folder of {file}", text)
     return os.path.expanduser(os.path.expandvars(text))
 
 
-def _read_text(file: Path) -> str:
-    """Reads a small text file; never more of a large one than its limit."""
+def _read_text(file: Path, max_bytes: int) -> str:
+    """Reads a text file of at most `max_bytes`; never more of a larger one.
+
+    Raises:
+        RequestError: it is larger, cannot be read, or is not text.
+    """
     try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_DIRS_FILE_BYTES + 1)
+        with open_regular(file) as opened:
+            content = opened.read(max_bytes + 1)
     except OSError as error:
         raise RequestError(f"{file} cannot be read: {error.strerror or error}. Make it readable.") from error
-    if len(content) > MAX_DIRS_FILE_BYTES:
-        raise RequestError(
-            f"{file} has more than {MAX_DIRS_FILE_BYTES:,} bytes, so it is not a config. Name another file."
-        )
+    if len(content) > max_bytes:
+        raise RequestError(f"{file} has more than {max_bytes:,} bytes, so it is not a config. Name another file.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

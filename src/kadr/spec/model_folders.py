@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import CheckpointError, KadrWarning, RequestError
+from kadr.quoting import quote
 from kadr.spec.model_dirs import configured_dirs, read_extra_model_paths
 from kadr.validation import check_path, expand_home
 
@@ -192,7 +193,7 @@ def split_name(name: str) -> tuple[str, ...]:
     )
     if not is_plain or len(parts) > MAX_NAME_PARTS:
         raise RequestError(
-            f"{name[:60]!a} is not the name of a model: it must be a file's name, or its path inside a folder of "
+            f"{quote(name)} is not the name of a model: it must be a file's name, or its path inside a folder of "
             "models, without `..` and not absolute."
         )
     return parts
@@ -212,7 +213,7 @@ def _count_bytes(part: str) -> int:
 
 def _check_dirs(dirs: Any) -> list[Path]:
     if isinstance(dirs, str | Path) or not isinstance(dirs, Iterable):
-        raise RequestError(f"models_dirs is {dirs!r}; it must be a list of folders, such as ['~/ComfyUI/models'].")
+        raise RequestError(f"models_dirs is {quote(dirs)}; it must be a list of folders, such as ['~/ComfyUI/models'].")
     paths = list(dirs)
     for path in paths:
         check_path("a folder of models", path)

@@ -14,13 +14,14 @@ from kadr.cli.terminal.errors import handle_errors, print_stderr, print_stdout
 from kadr.cli.terminal.output import print_lines
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.models.registry import RELEASES, Release
+from kadr.quoting import one_line, show
 from kadr.spec.locate import find_release_on_disk
 from kadr.spec.model_folders import ModelFolders
 
 if TYPE_CHECKING:
     from kadr.spec.folder_listing import ListedModel
 
-MAX_STATE = 200  # characters of a problem in the table; --json has all
+MAX_NAME, MAX_STATE = 160, 200  # characters of a name and of a problem in the table; --json has all
 MODELS_EPILOG = (
     "`kadr models info NAME` tells what is known of one, `kadr models pull NAME` fetches a model with all it needs, "
     "`kadr models verify NAME` compares it with the hub's checksums. `kadr generate --model NAME` also fetches what is "
@@ -87,16 +88,8 @@ def _folder_entry(model: ListedModel) -> dict[str, Any]:
 
 def _folder_row(model: ListedModel) -> tuple[str, ...]:
     entry = model.entry
-    name = entry.name if entry.name.isprintable() else ascii(entry.name)
-    return name, entry.kind, format_si(model.size_bytes), model.dtype or "", _state(entry.problem)
-
-
-def _state(problem: str | None) -> str:
-    """Returns "ok", or the problem on one line: file names and headers may have any character."""
-    if problem is None:
-        return "ok"
-    line = "".join(char if char.isprintable() else " " for char in problem)
-    return line if len(line) <= MAX_STATE else f"{line[: MAX_STATE - 3]}..."
+    state = "ok" if entry.problem is None else one_line(entry.problem, MAX_STATE)
+    return show(entry.name, MAX_NAME), entry.kind, format_si(model.size_bytes), model.dtype or "", state
 
 
 def _entry(release: Release, path: Path | None) -> dict[str, Any]:
