@@ -73,6 +73,18 @@ def test_a_damaged_heic_photograph_is_refused_by_name(tmp_path):
         load_image(path)
 
 
+def test_a_png_without_its_palette_is_refused_by_name(tmp_path):
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([1, 2, 3])
+    palette.save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    start = content.index(b"PLTE") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    (tmp_path / "cut.png").write_bytes(content[:start] + content[end:])
+    with pytest.raises(MediaError, match=r"cut\.png cannot be read as an image: it is damaged"):
+        load_image(tmp_path / "cut.png")
+
+
 def test_an_avif_image_is_read(tmp_path):
     pixels, path = photograph(64, 48), tmp_path / "image.avif"
     Image.fromarray(pixels).resize((64, 48)).save(path, quality=95)

@@ -35,7 +35,10 @@ _16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _16_BIT_FORMATS = ("PNG", "PPM")  # whose pixels Pillow also opens in mode "I", with 32 bits
 _ORIENTATION_TAG, _FIRST_SIDEWAYS = 0x0112, 5  # of EXIF: orientations from 5 on exchange width and height
 # Raised by Pillow's readers on damaged files; most are meant for their own dispatch and leak through.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, struct.error)
+_READ_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, TypeError),
+)
 
 
 def load_image(image: ImageInput, notify: Notify | None = None) -> Image.Image:
@@ -92,7 +95,8 @@ def _translate_errors(name: str) -> Iterator[None]:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise MediaError(f"{name} has more than {limit} million pixels. Make it smaller first.") from None
     except _READ_ERRORS as error:
-        raise MediaError(f"{name} cannot be read as an image: {error}. {_SUPPORTED_IMAGES}") from error
+        reason = str(error) or "it is damaged"
+        raise MediaError(f"{name} cannot be read as an image: {reason}. {_SUPPORTED_IMAGES}") from error
 
 
 def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the image") -> Image.Image:
