@@ -20,7 +20,8 @@ from kadr.kernels.ggml_types import GGMLType
 from kadr.regular_file import open_regular
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+FORMAT_HEADER_BYTES = 100_000_000  # the format's own limit, which takes gigabytes and a minute to parse
+MAX_HEADER_BYTES, MAX_TENSORS = 16_000_000, 50_000  # released files have 0.3 MB and 2,000; LoRAs may store logs
 SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,6 +38,7 @@ SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
 }
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # storage dtypes; kadr computes in wider ones
 _DOWNLOAD_AGAIN = "Download it again."
+_WRONG_FILE = "Check that the path names the checkpoint, or download it again."
 # First bytes of other formats, what the file is, and the way out.
 _OTHER_FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     (
@@ -113,11 +115,19 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                     f"{path} is truncated: it has {size:,} bytes, and its header alone takes "
                     f"{LENGTH_BYTES + length:,}. {_DOWNLOAD_AGAIN}"
                 )
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path} has a header of {length:,} bytes; kadr reads at most {MAX_HEADER_BYTES:,}. {_WRONG_FILE}"
+                )
             file.seek(LENGTH_BYTES)
             raw = file.read(length)
     except OSError as error:
         raise _read_error(path, error) from error
     header = _parse_header(path, raw)
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path} states {len(header):,} tensors; kadr reads at most {MAX_TENSORS:,}. {_WRONG_FILE}"
+        )
     metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
     infos = {name: _tensor_info(path, name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
     expected_size = max((info.file_offset + info.size_bytes for info in infos.values()), default=LENGTH_BYTES + length)
@@ -149,13 +159,12 @@ def refuse_other_format(path: Path, start: bytes, size: int) -> None:
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if (
         len(start) <= LENGTH_BYTES
-        or not 2 <= length <= MAX_HEADER_BYTES
+        or not 2 <= length <= FORMAT_HEADER_BYTES
         or start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
     ):
         kind = "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
         raise CheckpointError(
-            f"{path} ({size:,} bytes) is not a {kind} file: it does not start with a header. "
-            "Check that the path names the checkpoint, or download it again."
+            f"{path} ({size:,} bytes) is not a {kind} file: it does not start with a header. {_WRONG_FILE}"
         )
 
 

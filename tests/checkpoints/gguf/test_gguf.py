@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -437,6 +438,18 @@ def test_a_file_truncated_anywhere_is_refused_as_truncated(tmp_path: Path) -> No
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=r"is truncated: .* bytes.*Download it again"):
             Source.open(path)
+
+
+def test_more_entries_and_strings_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    path, name = tmp_path / "x.gguf", struct.pack("<Q", 1) + b"a"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 17, 0))
+    with pytest.raises(CheckpointError, match="it states 131072 tensors"):
+        read_gguf_header(path)
+    path.write_bytes(
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + name + struct.pack("<IIQ", 9, 8, 1 << 21) + bytes(8 << 21)
+    )
+    with pytest.raises(CheckpointError, match="it states 2097152 strings in an array"):
+        read_gguf_header(path)
 
 
 def test_a_damaged_header_opens_or_raises_a_checkpoint_error(tmp_path: Path) -> None:

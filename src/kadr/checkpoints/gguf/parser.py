@@ -23,7 +23,7 @@ ALIGNMENT_KEY = "general.alignment"
 # GGUF value type of a number -> its `struct` code.
 _STRUCT_CODES: Mapping[int, str] = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
-_MAX_DIMS, _MAX_ENTRIES = 8, 1 << 20  # more are a sign of damage
+_MAX_DIMS, _MAX_ENTRIES, _MAX_STRINGS = 8, 1 << 16, 1 << 20  # more are a sign of damage; T5 has 32,128 strings
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class GGUFParser:
         value_type, length = self.read_number("I"), self.read_number("Q")
         start = self.position
         if value_type == _STRING:
+            if length > _MAX_STRINGS:
+                raise ValueError(f"it states {length} strings in an array")
             self._require_bytes(length * struct.calcsize("<Q"))
             for _ in range(length):
                 self.skip(self.read_number("Q"))
