@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kadr.cli.reservation import Reservation, hold, reserve_file
+from kadr.cli.reservation import Reservation, release_at_end, reserve_file
 from kadr.errors import Cancelled, MediaError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.request.request import Request
@@ -165,7 +165,7 @@ def test_resume_of_nothing_replaces_no_file(kadr: Run, engine: FakeEngine, tmp_p
 def test_reservations_fit_the_longest_names_and_create_no_folder(tmp_path: Path) -> None:
     reservation = Reservation(tmp_path / f"{'x' * 251}.mp4")
     assert reservation.acquire()
-    with hold(reservation):
+    with release_at_end(reservation):
         assert len(os.listdir(tmp_path)) == 1
     with pytest.raises(MediaError, match="does not exist"):
         Reservation(tmp_path / "absent" / "out.mp4").acquire()

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain, count
 from pathlib import Path
 
-from kadr.cli.reservation import Reservation, hold, reserve_file
+from kadr.cli.reservation import Reservation, release_at_end, reserve_file
 from kadr.errors import MediaError, RequestError
 from kadr.regular_file import NotRegularFileError, require_regular
 from kadr.request.request import Request, refuse_overwriting
@@ -51,7 +51,7 @@ def reserve_output(
             first_path = (beside or Path(DEFAULT_OUTPUT)) if requested_path is None else requested_path / DEFAULT_OUTPUT
             unfinished = _unfinished_video(first_path) if resume else None
             reservation = _reserve_new(first_path) if unfinished is None else unfinished
-            reservations.enter_context(hold(reservation))
+            reservations.enter_context(release_at_end(reservation))
             path = reservation.path
             _refuse_unwritable(request, path, latents_path)
         if latents_path is not None:

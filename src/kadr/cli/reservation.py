@@ -82,12 +82,12 @@ def reserve_file(path: Path, *, flag: str) -> Iterator[None]:
     reservation = Reservation(path)
     if not reservation.acquire():
         raise RequestError(f"another process is writing {path}. Wait until it ends, or choose another {flag}.")
-    with hold(reservation):
+    with release_at_end(reservation):
         yield
 
 
 @contextmanager
-def hold(reservation: Reservation) -> Iterator[None]:
+def release_at_end(reservation: Reservation) -> Iterator[None]:
     """Releases an acquired reservation when the block ends, or the process at once."""
     with remove_if_ended(reservation.remove_lock):
         try:
