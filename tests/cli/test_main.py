@@ -57,6 +57,35 @@ def test_python_m_kadr_is_the_command() -> None:
     assert (process.returncode, process.stdout) == (0, f"kadr {__version__}\n")
 
 
+PRINT_PATH = """
+import sys
+from pathlib import Path
+from kadr.cli import main
+from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.output import print_path
+
+def app(args, prog_name):
+    print_path("out.mp4")
+    print_stderr("done")
+    Path(sys.argv[1]).write_text(str(sys.stdin.read()))
+
+main.app = app
+main.main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes descriptors by a shell of POSIX")
+def test_closed_standard_streams_lead_to_nothing(tmp_path: Path) -> None:
+    process = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", PRINT_PATH, tmp_path / "end"],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode == 0
+    assert (tmp_path / "end").read_text() == ""
+
+
 @pytest.mark.parametrize("args", [["dance"], ["generate", "x", "--wat"]])
 def test_bad_usage_ends_with_2(kadr: Run, args: list[str]) -> None:
     result = kadr(*args)

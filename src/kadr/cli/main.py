@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from kadr.cli.commands import bench, convert, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.flags.official import OfficialCommand
+from kadr.cli.terminal.closed_streams import open_closed_streams
 from kadr.cli.terminal.errors import (
     EXIT_ERROR,
     explain_stdout_error,
@@ -97,6 +98,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(args: Sequence[str] | None = None) -> None:
     """Runs the command line and ends the process with its exit code."""
+    open_closed_streams()
     tune_malloc()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a prompt may have letters that the terminal's encoding lacks
