@@ -74,6 +74,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "mmap.PROT_READ": ("not on Windows", {"memory/mapped_files.py"}),
     "mmap.PROT_WRITE": ("not on Windows", {"memory/mapped_files.py"}),
     "open without an encoding": ("of bytes", {"regular_file.py"}),
+    "os.O_RDWR": ("exists everywhere", {"cli/terminal/closed_streams.py"}),
     "os.O_WRONLY": ("exists everywhere", {"cli/terminal/errors.py"}),
     "os.POSIX_FADV_DONTNEED": ("only if os has posix_fadvise", {"planning/calibration/rates.py"}),
     "os.W_OK": ("see os.access", {"cli/output_path.py", "media/writer.py", "training/lora_training.py"}),
@@ -84,9 +85,13 @@ CALLS: dict[str, tuple[str, set[str]]] = {
         {"cli/output_path.py", "media/writer.py", "training/lora_training.py"},
     ),
     "os.cpu_count": ("may be None, which is stored as it is", {"planning/calibration/storage.py"}),
-    "os.devnull": ("names each system's own", {"cli/terminal/errors.py"}),
+    "os.devnull": ("names each system's own", {"cli/terminal/closed_streams.py", "cli/terminal/errors.py"}),
     "os.dup2": ("exists everywhere; OSError and ValueError are suppressed", {"cli/terminal/errors.py"}),
-    "os.fsencode": ("exists everywhere; on Windows UTF-8", {"cli/terminal/output.py", "validation.py"}),
+    "os.fdopen": ("exists everywhere", {"cli/terminal/closed_streams.py"}),
+    "os.fsencode": (
+        "exists everywhere; on Windows UTF-8",
+        {"checkpoints/save.py", "cli/terminal/output.py", "validation.py"},
+    ),
     "os.fstat": ("inode and time only tell files apart; both exist on NTFS", {"memory/mapped_files.py"}),
     "os.fsync": (
         "of files open for writing, never of folders; of one open for reading only if os has posix_fadvise",
@@ -94,7 +99,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     ),
     "os.getloadavg": ("only if os has it, which it has not on Windows", {"bench/machine.py"}),
     "os.name": ("tells whether open files can be removed", {"cli/reservation.py"}),
-    "os.open": ("of os.devnull", {"cli/terminal/errors.py"}),
+    "os.open": ("of os.devnull", {"cli/terminal/closed_streams.py", "cli/terminal/errors.py"}),
     "os.pathsep": ("names each system's own", {"spec/model_dirs.py"}),
     "os.posix_fadvise": ("only if os has it", {"planning/calibration/rates.py"}),
     "os.readlink": (
