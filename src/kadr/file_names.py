@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+CAN_DELETE_OPEN_FILES = os.name != "nt"
 REPLACE_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between attempts on Windows
 _RESERVED_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³]) *(\..*)?", re.IGNORECASE)
 _FORBIDDEN_ON_WINDOWS = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$')

@@ -98,7 +98,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
         {"checkpoints/save.py", "planning/calibration/rates.py"},
     ),
     "os.getloadavg": ("only if os has it, which it has not on Windows", {"bench/machine.py"}),
-    "os.name": ("tells whether open files can be removed", {"cli/reservation.py"}),
+    "os.name": ("tells whether open files can be removed", {"file_names.py"}),
     "os.open": ("of os.devnull", {"cli/terminal/closed_streams.py", "cli/terminal/errors.py"}),
     "os.pathsep": ("names each system's own", {"spec/model_dirs.py"}),
     "os.posix_fadvise": ("only if os has it", {"planning/calibration/rates.py"}),

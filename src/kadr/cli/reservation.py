@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 
 from kadr.cancellation import remove_if_ended
 from kadr.errors import MediaError, RequestError
+from kadr.file_names import CAN_DELETE_OPEN_FILES
 
 _NAME_DIGITS = 12  # of the file's name in that of its lock, which a long name would make too long
 _SHARED_MODE = 0o666  # processes of other users must be able to lock the file too
-_UNLINKS_OPEN_FILES = os.name != "nt"
 
 
 class Reservation:
@@ -56,10 +56,10 @@ class Reservation:
         """Gives the name back, and removes the lock."""
         # Removed while it is locked: a process that opened it meanwhile finds it removed, and takes no lock. Windows
         # refuses to remove an open file, so there it is removed afterwards, unless another process has opened it.
-        if _UNLINKS_OPEN_FILES:
+        if CAN_DELETE_OPEN_FILES:
             self.remove_lock()
         self._lock.release()
-        if not _UNLINKS_OPEN_FILES:
+        if not CAN_DELETE_OPEN_FILES:
             self.remove_lock()
 
     def remove_lock(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kadr.errors import MediaError, RequestError
+from kadr.file_names import CAN_DELETE_OPEN_FILES
 
 LOCK_FILE = ".lock"  # the system releases the lock when the process ends, however it ends
 
@@ -26,9 +27,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # Deleted while it is held: a process that opened it meanwhile finds it deleted, and takes no lock.
+        if CAN_DELETE_OPEN_FILES:
+            remove_lock(folder)
         lock.release()
-        with suppress(OSError):  # Windows does not delete a lock that is held, so `remove_lock` left the folder
-            folder.rmdir()
+        if not CAN_DELETE_OPEN_FILES:
+            remove_lock(folder)
 
 
 def _acquire_lock(lock: FileLock, folder: Path) -> None:
