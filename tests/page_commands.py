@@ -85,8 +85,9 @@ class PageRunner:
         for name, script in (("kadr", _ASK), ("python", _PYTHON)):
             (programs / name).write_text(script)
             (programs / name).chmod(0o755)
+        # Without what `make test` tells the makes below it: its ARGS are not those of `make demo`.
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")},
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT / "src"),
         }

@@ -143,8 +143,11 @@ def find_tokenizer_file(path: str | os.PathLike[str]) -> Path:
     candidates: Iterator[Path] = (candidate / name for candidate in folders for name in _FILE_NAMES)
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        names, searched = " or ".join(_FILE_NAMES), ", ".join(map(str, folders))
-        raise CheckpointError(f"There is no tokenizer for {path}: no {names} in {searched}. {_ADVICE}")
+        names = " or ".join(_FILE_NAMES)
+        raise CheckpointError(
+            f"There is no tokenizer for {path}: no {names} in {folder}, in tokenizer/ there, or in tokenizer/ beside "
+            f"it. {_ADVICE}"
+        )
     return file
 
 
