@@ -245,16 +245,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         CheckpointError: the file cannot be written.
     """
     temporary = _temporary_path(path)
-    remove = partial(temporary.unlink, missing_ok=True)
-    with remove_if_ended(remove):
-        try:
-            yield temporary
-            replace_file(temporary, path)
-        except OSError as error:
-            reason = error.strerror or error
-            raise CheckpointError(f"{path} cannot be written: {reason}. Write it elsewhere.") from error
-        finally:
-            remove()
+    with _write_beside(path, remove=partial(temporary.unlink, missing_ok=True)):
+        yield temporary
+        replace_file(temporary, path)
 
 
 @contextmanager
@@ -267,12 +260,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         CheckpointError: the folder cannot be written.
     """
     temporary = _temporary_path(path)
-    remove = partial(shutil.rmtree, temporary, ignore_errors=True)
+    with _write_beside(path, remove=partial(shutil.rmtree, temporary, ignore_errors=True)):
+        temporary.mkdir()
+        yield temporary
+        _replace_folder(temporary, path)
+
+
+@contextmanager
+def _write_beside(path: Path, *, remove: Callable[[], object]) -> Iterator[None]:
+    """Explains where the block cannot write what will be at `path`; removes what is left of it, also if it fails."""
     with remove_if_ended(remove):
         try:
-            temporary.mkdir()
-            yield temporary
-            _replace_folder(temporary, path)
+            yield
         except OSError as error:
             reason = error.strerror or error
             raise CheckpointError(f"{path} cannot be written: {reason}. Write it elsewhere.") from error

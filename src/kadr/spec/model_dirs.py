@@ -1,4 +1,4 @@
-"""Where models lie on this machine: $KADR_MODELS, kadr's config file and ComfyUI's extra_model_paths.yaml."""
+"""Finds folders of models on this machine: $KADR_MODELS, kadr's config file, ComfyUI's extra_model_paths.yaml."""
 
 from __future__ import annotations
 

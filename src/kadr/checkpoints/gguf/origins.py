@@ -10,7 +10,7 @@ VAE_FIELD, TEXT_ENCODER_FIELD = "kadr.vae", "kadr.text_encoder"
 
 @dataclass(frozen=True)
 class ComponentOrigin:
-    """Where a component comes from.
+    """The origin of a component.
 
     Args:
         name: of a release; None where `path` says it.
