@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kadr.atomic_write import atomic_path
 from kadr.cancellation import remove_if_ended
-from kadr.checkpoints.save import atomic_path, write_tensors
+from kadr.checkpoints.save import write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.json_reader import parse_json
 from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock

@@ -1,0 +1,167 @@
+"""`EngineMaker`: makes the video of a job with an engine, which stays open for the next job of the same model."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kadr.cancellation import CancelToken
+from kadr.errors import KadrWarning
+from kadr.jobs.job import canonical_json
+from kadr.jobs.stills import write_stills
+from kadr.pipeline.progress import Progress
+from kadr.planning.plan import Plan
+from kadr.request.request import Request
+
+if TYPE_CHECKING:
+    from kadr.pipeline.engine import Engine
+    from kadr.pipeline.video import VideoFile
+
+VIDEO_FILE, THUMBNAIL_FILE, SPRITESHEET_FILE = "video.mp4", "thumbnail.jpg", "spritesheet.jpg"
+_LAYERS_PER_STAGE = 20  # at least, so that a layer takes at most that part of the stage
+
+Report = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job as a worker gets it.
+
+    Args:
+        job_id, fence: of the claim.
+        engine: see `NewJob`.
+        request: see `NewJob`.
+        folder: of the job; paths of media are relative to it.
+        output: the folder for what is made, which does not exist yet.
+    """
+
+    job_id: str
+    fence: int
+    engine: Mapping[str, Any]
+    request: Mapping[str, Any]
+    folder: Path
+    output: Path
+
+
+@dataclass
+class EngineMaker:
+    """Makes videos, one at a time.
+
+    Args:
+        options: arguments of `Engine.open` for every job, unless its own differ.
+        writes_stills: also write a thumbnail and a spritesheet.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    writes_stills: bool = True
+    _engine: Engine | None = field(default=None, init=False, repr=False)
+    _engine_key: str = field(default="", init=False, repr=False)
+
+    @property
+    def warm_engines(self) -> tuple[str, ...]:
+        """Canonical JSON of the engine that is open."""
+        return (self._engine_key,) if self._engine is not None else ()
+
+    def warm_up(self, engine: Mapping[str, Any]) -> None:
+        """Opens an engine ahead of its first job, and fetches nothing."""
+        self._open(engine)
+
+    def make(self, task: Task, report: Report, token: CancelToken) -> dict[str, Any]:
+        """Makes the video of a job and returns its result.
+
+        Args:
+            report: called with a kind of report and its data: "plan", "progress", "notice".
+            token: cancels it.
+
+        Raises:
+            KadrError: as `Engine.write`.
+            OSError: a file cannot be written.
+        """
+        began = time.monotonic()
+        with _report_warnings(report):
+            engine = self._open(task.engine)
+            request = with_media_in(Request.from_json(task.request), task.folder)
+            task.output.mkdir(parents=True, exist_ok=True)
+            video = engine.write(
+                request,
+                task.output / VIDEO_FILE,
+                watch=lambda progress: report("progress", describe_progress(progress)),
+                on_plan=lambda plan: report("plan", describe_plan(plan)),
+                cancel=token,
+            )
+            if self.writes_stills:
+                write_stills(video.path, task.output / THUMBNAIL_FILE, task.output / SPRITESHEET_FILE)
+        return describe_video(video, engine, began)
+
+    def _open(self, options: Mapping[str, Any]) -> Engine:
+        from kadr.pipeline.engine import Engine  # loads torch
+
+        key = canonical_json(options)
+        if self._engine is None or key != self._engine_key:
+            self._engine = None  # the memory of one must be free before the next is opened
+            gc.collect()
+            self._engine, self._engine_key = Engine.open(**{**self.options, **options}), key
+        return self._engine
+
+
+def with_media_in(request: Request, folder: Path) -> Request:
+    """Returns a request with the paths of its media in a folder, to which they are relative; absolute ones stay."""
+    conditions = tuple(replace(item, media=str(folder / item.media)) for item in request.conditions)
+    controls = tuple(replace(item, media=str(folder / item.media)) for item in request.controls)
+    input_video = None if request.input_video is None else str(folder / request.input_video)
+    return replace(request, conditions=conditions, controls=controls, input_video=input_video)
+
+
+def describe_progress(progress: Progress) -> dict[str, Any]:
+    """Returns a progress report as plain data."""
+    return {
+        "stage": progress.stage,
+        "step": progress.step,
+        "of": progress.of,
+        "sigma": progress.sigma,
+        "eta": progress.eta,
+        "window": progress.window and list(progress.window),
+    }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Returns what a supervisor needs of a plan: seconds of each stage, the longest of a layer, and the peak."""
+    slowest = plan.seconds_range[1] / plan.seconds if plan.seconds else 1.0
+    stage_seconds = {stage.stage: plan.stage_seconds(stage) * slowest for stage in plan.stages}
+    return {
+        "stage_seconds": stage_seconds,
+        "layer_seconds": max(stage_seconds.values(), default=0.0) / _LAYERS_PER_STAGE,
+        "seconds": plan.seconds,
+        "peak_bytes": plan.peak_bytes,
+    }
+
+
+def describe_video(video: VideoFile, engine: Engine, began: float) -> dict[str, Any]:
+    """Returns the result of a job."""
+    return {
+        "file": video.path.name,
+        "size": str(video.size),
+        "frames": video.frames,
+        "fps": video.fps,
+        "seed": video.request.seed,
+        "model_name": engine.spec.name,
+        "request": video.request.to_json(),
+        "notices": list(video.notices),
+        "inference_seconds": round(time.monotonic() - began, 3),
+    }
+
+
+@contextmanager
+def _report_warnings(report: Report) -> Iterator[None]:
+    """Reports what is degraded on the way, as it happens."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", KadrWarning)
+        warnings.showwarning = lambda message, *args, **kwargs: report("notice", str(message))
+        yield

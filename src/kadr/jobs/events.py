@@ -1,0 +1,80 @@
+"""`EventLog`: the newest events of a queue, numbered, for clients that follow them and come back after a gap."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+JOB, PROGRESS, PREVIEW, NOTICE, DELETED, QUEUE = "job", "progress", "preview", "notice", "deleted", "queue"
+EVENT_KINDS = (JOB, PROGRESS, PREVIEW, NOTICE, DELETED, QUEUE)
+DEFAULT_MAX_EVENTS = 4096
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened.
+
+    Args:
+        seq: number, rising over all events of a queue.
+        kind: one of `EVENT_KINDS`.
+        job_id: the job it is about; None: about the queue.
+        owner: who may see it; None: everyone.
+        data: plain data, or the `Job` of a "job" event.
+    """
+
+    seq: int
+    kind: str
+    job_id: str | None
+    owner: str | None
+    data: Any = field(default_factory=dict)
+
+    def is_visible_to(self, owner: str | None) -> bool:
+        """Tells whether an owner may see it; None sees everything."""
+        return owner is None or self.owner is None or self.owner == owner
+
+
+Subscriber = Callable[[Event], object]
+
+
+class EventLog:
+    """Keeps the newest events and calls subscribers with each. Threads may share it.
+
+    Attributes:
+        boot_id: differs for each process: numbers of another one mean nothing here.
+    """
+
+    def __init__(self, max_events: int = DEFAULT_MAX_EVENTS) -> None:
+        self.boot_id = secrets.token_hex(4)
+        self._events: deque[Event] = deque(maxlen=max_events)
+        self._subscribers: list[Subscriber] = []
+        self._lock = Lock()
+
+    def publish(self, event: Event) -> None:
+        """Adds an event and calls each subscriber with it, which must return at once."""
+        with self._lock:
+            self._events.append(event)
+            subscribers = tuple(self._subscribers)
+        for subscriber in subscribers:
+            subscriber(event)
+
+    def since(self, seq: int) -> list[Event] | None:
+        """Returns the events after a number, or None where some of them are no longer here."""
+        with self._lock:
+            if self._events and len(self._events) == self._events.maxlen and seq < self._events[0].seq - 1:
+                return None
+            return [event for event in self._events if event.seq > seq]
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Calls a function with every later event, from any thread. Returns a function that ends that."""
+        with self._lock:
+            self._subscribers.append(subscriber)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._subscribers.remove(subscriber)
+
+        return unsubscribe

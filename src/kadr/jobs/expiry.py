@@ -1,0 +1,61 @@
+"""Deletes finished jobs: those that are old, and the oldest where they take more of the disk than they may."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kadr.jobs.job import UnknownJobError
+from kadr.jobs.store import JobStore
+from kadr.validation import check_range
+
+SECONDS_PER_DAY = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How long finished jobs are kept.
+
+    Args:
+        max_age: seconds since they finished; None: for ever.
+        max_bytes: of the files of all of them; None: as much as there is.
+    """
+
+    max_age: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_age is not None:
+            check_range("the age at which videos expire", self.max_age, 1, 100 * 365 * SECONDS_PER_DAY)
+        if self.max_bytes is not None:
+            check_range("the disk budget of videos", self.max_bytes, 1, 2**60, is_whole=True)
+
+    def expires_at(self, finished_at: float | None) -> float | None:
+        """Returns when a job that finished then expires by its age; None where it does not."""
+        return None if finished_at is None or self.max_age is None else finished_at + self.max_age
+
+
+def delete_expired(store: JobStore, retention: Retention) -> list[str]:
+    """Deletes the jobs that are not kept any longer, and returns their ids.
+
+    A clock that was set back only delays that.
+
+    Raises:
+        StorageError: the queue cannot be written.
+    """
+    expired = []
+    if retention.max_age is not None:
+        oldest = store.clock() - retention.max_age
+        expired += store.table.database.rows("SELECT id FROM jobs WHERE finished_at < ? AND is_deleted = 0", (oldest,))
+    if retention.max_bytes is not None:
+        expired += store.table.database.rows(
+            "SELECT id FROM (SELECT id, SUM(size_bytes) OVER (ORDER BY number DESC) AS total FROM jobs "
+            "WHERE status IN ('completed', 'failed') AND is_deleted = 0) WHERE total > ?",
+            (retention.max_bytes,),
+        )
+    ids = list(dict.fromkeys(row[0] for row in expired))
+    for job_id in ids:
+        try:
+            store.delete(job_id)
+        except UnknownJobError:  # somebody deleted it meanwhile
+            continue
+    return ids

@@ -1,0 +1,92 @@
+"""`LiveJob`: a job in progress as its supervisor sees it, with its time left and the patience that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kadr.jobs.claims import Claim
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a supervisor waits before it kills a worker, in seconds.
+
+    Args:
+        start: until it is ready.
+        beat: between two signs of life; a worker that is stopped gives none.
+        cancel: until it stops, once cancelled: at least this, and twice the longest layer of its plan.
+        stall: without progress: at least this, and `stall_factor` times what its plan gives to the stage.
+        prepare: until it has a plan: models are opened, and fetched where they are missing.
+    """
+
+    start: float = 300.0
+    beat: float = 30.0
+    cancel: float = 2.0
+    stall: float = 120.0
+    stall_factor: float = 4.0
+    prepare: float = 6 * 3600.0
+
+
+@dataclass
+class LiveJob:
+    """What is known of a job in progress; nothing of it is stored.
+
+    Args:
+        progress: the newest report.
+        seconds_left: of the whole job, estimated; None before the plan is known.
+    """
+
+    claim: Claim
+    worker: str
+    began: float
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    preview: bytes | None = None
+    cancelled_at: float | None = None
+    progressed_at: float = 0.0
+    beat_at: float = 0.0
+
+    def overdue(self, patience: Patience, now: float) -> str | None:
+        """Says what the worker did not do in time, as the predicate of a sentence; None while it is in time."""
+        if self.cancelled_at is not None:
+            promised = max(patience.cancel, 2 * self.plan.get("layer_seconds", 0.0))
+            if now - self.cancelled_at > promised:
+                return f"did not stop within {promised:.0f} s of being cancelled"
+        if now - self.beat_at > patience.beat:
+            return f"gave no sign of life for {patience.beat:.0f} s"
+        allowed = patience.prepare
+        if self.plan:
+            stage_seconds = self.plan["stage_seconds"]
+            of_stage = stage_seconds.get(self.progress.get("stage"), max(stage_seconds.values(), default=0.0))
+            allowed = max(patience.stall, patience.stall_factor * of_stage)
+        if now - self.progressed_at > allowed:
+            return f"made no progress for {allowed:.0f} s"
+        return None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated seconds until the job is made: of the stage by its pace, of later ones by the plan."""
+        if not self.plan:
+            return None
+        stages, stage = list(self.plan["stage_seconds"]), self.progress.get("stage")
+        later = stages[stages.index(stage) + 1 :] if stage in stages else stages
+        of_stage = self.progress.get("eta")
+        if of_stage is None:
+            of_stage = self.plan["stage_seconds"].get(stage, 0.0) if stage in stages else 0.0
+        return float(of_stage + sum(self.plan["stage_seconds"][name] for name in later))
+
+    @property
+    def fraction(self) -> float:
+        """The part of the job that is made, in time by its plan, 0 to 1."""
+        if not self.plan or not self.progress:
+            return 0.0
+        seconds, stage = self.plan["stage_seconds"], self.progress["stage"]
+        names = list(seconds)
+        if stage not in names:
+            return 0.0
+        done = sum(seconds[name] for name in names[: names.index(stage)])
+        part = self.progress["step"] / max(self.progress["of"], 1)
+        return min(1.0, (done + part * seconds[stage]) / max(sum(seconds.values()), 1e-9))

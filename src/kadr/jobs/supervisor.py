@@ -1,0 +1,301 @@
+"""`Supervisor`: keeps workers running, gives them jobs, and replaces those that die, hang or do not stop.
+
+Each worker has a thread here. It claims a job, hands it over, takes reports until the job is made or has failed, and
+settles it: what a worker wrote becomes the result only here, and only while its claim holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import Condition, RLock, Thread
+from typing import Any
+
+from kadr.errors import CheckpointError
+from kadr.jobs.claims import Claim, JobClaims
+from kadr.jobs.engine_maker import Task
+from kadr.jobs.events import NOTICE, PREVIEW, PROGRESS, Event, EventLog
+from kadr.jobs.job import CANCELLED, JobError, LostClaimError, StorageError
+from kadr.jobs.live_job import LiveJob, Patience
+from kadr.jobs.table import JobChange
+from kadr.jobs.worker import DISK_FULL, MakerFactory, WorkerProcess
+
+IDLE_SECONDS = 1.0  # between looks at the disk and at the pause, where nothing is announced
+POLL_SECONDS = 0.2  # between looks at the deadlines of a worker
+MIN_FREE_BYTES = 512 * 10**6  # of the disk with the queue; below it no job begins
+RESTART_SECONDS = 5.0  # before a worker is started again that ended before it was ready
+STOP_REASON = "the server stops"
+
+
+class Supervisor:
+    """Runs the workers of a queue.
+
+    Args:
+        claims: of the queue.
+        events: takes progress, previews and notices.
+        makers: what each worker makes videos with; one worker for each.
+        patience: see `Patience`.
+        clock: monotonic seconds.
+        min_free_bytes: of the disk; below it no job begins.
+        log: takes lines for the operator.
+    """
+
+    def __init__(
+        self,
+        claims: JobClaims,
+        events: EventLog,
+        makers: Sequence[MakerFactory],
+        *,
+        patience: Patience | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        min_free_bytes: int = MIN_FREE_BYTES,
+        log: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        self.claims, self.events, self.log = claims, events, log
+        self.patience, self.clock, self.min_free_bytes = patience or Patience(), clock, min_free_bytes
+        self.lock = RLock()
+        self.is_stopping = False
+        self.live: dict[str, LiveJob] = {}
+        self.slots = [_Slot(self, f"worker {index}", maker) for index, maker in enumerate(makers)]
+
+    @property
+    def changed(self) -> Condition:
+        return self.claims.store.table.changed
+
+    @property
+    def folder(self) -> Path:
+        return self.claims.store.table.folder
+
+    def start(self) -> None:
+        """Starts the workers."""
+        for slot in self.slots:
+            slot.thread.start()
+
+    def stop(self) -> None:
+        """Stops the workers, and puts their jobs back into the queue. Jobs are cancelled first, and killed if slow."""
+        with self.changed:
+            self.is_stopping = True
+            self.changed.notify_all()
+        for slot in self.slots:
+            slot.cancel(None)
+        for slot in self.slots:
+            if slot.thread.is_alive():
+                slot.thread.join()
+
+    @property
+    def num_ready(self) -> int:
+        """Number of workers that make a job or could."""
+        return sum(slot.is_ready for slot in self.slots)
+
+    def storage_problem(self) -> str | None:
+        """Says why no job begins; None where nothing is wrong with the disk."""
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            return f"the folder {self.folder} cannot be read: {error.strerror or error}"
+        if free < self.min_free_bytes:
+            return (
+                f"the disk with {self.folder} has {free / 1e6:.0f} MB free, and jobs begin at "
+                f"{self.min_free_bytes / 1e6:.0f} MB. Free some, or delete videos."
+            )
+        return None
+
+    def on_change(self, change: JobChange) -> None:
+        """Tells the worker of a job that it was cancelled; called with each change of the queue."""
+        job = change.job
+        with self.lock:
+            live = self.live.get(job.id)
+        if live is not None and job.cancel_requested and live.claim.fence == job.fence:
+            for slot in self.slots:
+                slot.cancel(live.claim)
+
+
+class _Slot:
+    """One worker and the thread that watches it."""
+
+    def __init__(self, supervisor: Supervisor, name: str, create_maker: MakerFactory) -> None:
+        self.supervisor, self.name, self._create_maker = supervisor, name, create_maker
+        self.thread = Thread(target=self._run, name=f"kadr {name}", daemon=True)
+        self.worker: WorkerProcess | None = None
+        self.warm_engines: Sequence[str] = ()
+        self.live: LiveJob | None = None
+        self.is_ready = False
+
+    def cancel(self, claim: Claim | None) -> None:
+        """Cancels the job that is made, if it is of this claim; None: whichever."""
+        with self.supervisor.lock:
+            worker, live = self.worker, self.live
+            if worker is None or live is None or (claim is not None and live.claim is not claim):
+                return
+            if live.cancelled_at is None:
+                live.cancelled_at = self.supervisor.clock()
+        worker.send("cancel", live.claim.fence)
+
+    def _run(self) -> None:
+        supervisor = self.supervisor
+        while not supervisor.is_stopping:
+            try:
+                if self.worker is None and not self._start_worker():
+                    self._pause(RESTART_SECONDS)
+                    continue
+                claim = (
+                    None if supervisor.storage_problem() else supervisor.claims.claim(warm_engines=self.warm_engines)
+                )
+            except StorageError as error:
+                supervisor.log(str(error))
+                claim = None
+            if claim is None:
+                self._drain_reports()
+                self._pause(IDLE_SECONDS)
+            else:
+                self._make(claim)
+        if self.worker is not None:
+            self._kill_worker()
+
+    def _pause(self, seconds: float) -> None:
+        """Waits until something changes in the queue, so many seconds at most."""
+        with self.supervisor.changed:
+            if not self.supervisor.is_stopping:
+                self.supervisor.changed.wait(seconds)
+
+    def _start_worker(self) -> bool:
+        worker = WorkerProcess(self._create_maker, f"kadr {self.name}")
+        deadline = self.supervisor.clock() + self.supervisor.patience.start
+        with self.supervisor.lock:
+            self.worker = worker
+        try:
+            while self.supervisor.clock() < deadline and not self.supervisor.is_stopping:
+                if (report := worker.receive(POLL_SECONDS)) is not None and report[0] == "ready":
+                    self.warm_engines, self.is_ready = report[1], True
+                    return True
+            reason = f"was not ready within {self.supervisor.patience.start:.0f} s"
+        except EOFError:
+            reason = f"did not start: {worker.describe_end()}"
+        if not self.supervisor.is_stopping:
+            self.supervisor.log(f"{self.name} {reason}; it is started again")
+        self._kill_worker()
+        return False
+
+    def _kill_worker(self) -> None:
+        with self.supervisor.lock:
+            worker, self.worker, self.warm_engines, self.is_ready = self.worker, None, (), False
+        if worker is not None:
+            worker.kill()
+
+    def _drain_reports(self) -> None:
+        """Takes the signs of life of an idle worker; one that is gone is replaced before the next job."""
+        try:
+            while self.worker is not None and self.worker.receive(0) is not None:
+                pass
+        except EOFError:
+            self.supervisor.log(f"{self.name}: {self.worker.describe_end() if self.worker else 'gone'}")
+            self._kill_worker()
+
+    def _make(self, claim: Claim) -> None:
+        supervisor, now = self.supervisor, self.supervisor.clock()
+        live = LiveJob(claim, self.name, now, progressed_at=now, beat_at=now)
+        with supervisor.lock:
+            self.live = supervisor.live[claim.job.id] = live
+        folders = supervisor.claims.store.folders
+        task = Task(
+            job_id=claim.job.id,
+            fence=claim.fence,
+            engine=claim.job.engine,
+            request=claim.job.request,
+            folder=folders.path(claim.job.id),
+            output=folders.attempt(claim.job.id, claim.fence),
+        )
+        try:
+            settle = self._watch(live, task)
+            self._settle(settle)
+        finally:
+            with supervisor.lock:
+                self.live = None
+                supervisor.live.pop(claim.job.id, None)
+
+    def _watch(self, live: LiveJob, task: Task) -> Callable[[], None]:
+        """Hands a job to the worker, takes its reports, and returns what settles it."""
+        claim, claims = live.claim, self.supervisor.claims
+        assert self.worker is not None
+        self.worker.send("make", task)
+        if self.supervisor.is_stopping or self._is_cancelled(claim):
+            self.cancel(claim)
+        while True:
+            try:
+                report = self.worker.receive(POLL_SECONDS)
+            except EOFError:
+                reason = self.worker.describe_end()
+                break
+            now = self.supervisor.clock()
+            if report is not None:
+                live.beat_at = now
+                if report[0] in ("done", "failed"):
+                    self.warm_engines = report[1]["warm_engines"]
+                    return self._outcome(live, report[0], report[1]["outcome"])
+                self._take(live, *report)
+            elif (problem := live.overdue(self.supervisor.patience, now)) is not None:
+                reason = f"the worker {problem}"
+                break
+        self.supervisor.log(f"{claim.job.id}: {reason}; {self.name} is replaced")
+        self._kill_worker()
+        if self.supervisor.is_stopping:
+            return lambda: claims.give_back(claim)
+        return lambda: claims.lose_worker(claim, reason)
+
+    def _is_cancelled(self, claim: Claim) -> bool:
+        """Looks once more: it may have been cancelled before this job was known to be in progress here."""
+        try:
+            return self.supervisor.claims.current(claim).cancel_requested
+        except (LostClaimError, StorageError):
+            return False
+
+    def _outcome(self, live: LiveJob, kind: str, outcome: Any) -> Callable[[], None]:
+        """Returns what settles a job by the last report of its worker."""
+        claim, claims = live.claim, self.supervisor.claims
+        if kind == "done":
+            return lambda: claims.complete(claim, outcome)
+        error: JobError = outcome
+        if error.code == CANCELLED and self.supervisor.is_stopping:
+            return lambda: claims.give_back(claim)
+        if error.code == DISK_FULL and self.supervisor.storage_problem():
+            self.supervisor.log(f"{claim.job.id}: {error.message} It waits until there is room.")
+            return lambda: claims.give_back(claim)
+        return lambda: claims.fail(claim, error)
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        """Records what became of a job; a disk that refuses it is tried again, as the result is whole already."""
+        while True:
+            try:
+                settle()
+                return
+            except LostClaimError as error:
+                self.supervisor.log(str(error))
+                return
+            except (StorageError, CheckpointError) as error:
+                self.supervisor.log(f"{error} It is tried again.")
+                if self.supervisor.is_stopping:
+                    return  # what is on disk is settled when the queue is opened again
+                time.sleep(IDLE_SECONDS)
+
+    def _take(self, live: LiveJob, kind: str, data: Any) -> None:
+        """Takes a report on the way."""
+        if kind == "beat":
+            return
+        live.progressed_at = self.supervisor.clock()
+        if kind == "plan":
+            live.plan = data
+        elif kind == "progress":
+            live.progress = data
+            self._publish(live, PROGRESS, {**data, "fraction": live.fraction, "seconds_left": live.seconds_left})
+        elif kind == "notice":
+            live.notices.append(data)
+            self._publish(live, NOTICE, {"message": data})
+        elif kind == "preview":
+            live.preview = data
+            self._publish(live, PREVIEW, {})
+
+    def _publish(self, live: LiveJob, kind: str, data: Mapping[str, Any]) -> None:
+        seq, job = self.supervisor.claims.store.table.next_seq(), live.claim.job
+        self.supervisor.events.publish(Event(seq, kind, job.id, job.owner, data))
