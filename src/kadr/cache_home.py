@@ -24,6 +24,19 @@ def cache_home() -> Path:
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "kadr"
 
 
+def data_home() -> Path:
+    """Returns the folder of what kadr keeps for its user, such as a server's videos, in the system's place for that.
+
+    Raises:
+        RuntimeError: this user has no home directory.
+    """
+    if (xdg_home := _absolute_from_environment("XDG_DATA_HOME")) is not None:
+        return xdg_home / "kadr"
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "kadr"
+    return Path.home() / ("Library/Application Support" if sys.platform == "darwin" else ".local/share") / "kadr"
+
+
 def config_home() -> Path:
     """Returns the folder of kadr's config file, in the system's place for settings.
 

@@ -25,6 +25,7 @@ FLOORS = (  # from the lowest up; __init__ re-exports the public names and may i
     "pipeline",
     "training bench jobs",
     "__init__",
+    "server",
     "cli",
     "__main__",
 )

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kadr.cli.commands import bench, convert, generate, inspect, models, plan, quantize, rerun, train_lora
+from kadr.cli.commands import bench, convert, generate, inspect, models, plan, quantize, rerun, serve, train_lora
 from kadr.cli.flags.official import OfficialCommand
 from kadr.cli.terminal.closed_streams import open_closed_streams
 from kadr.cli.terminal.errors import (
@@ -87,6 +87,7 @@ app.command("train-lora", epilog=train_lora.TRAIN_LORA_EPILOG)(handle_errors()(t
 app.command(epilog=quantize.QUANTIZE_EPILOG)(handle_errors()(quantize.quantize))
 app.command(epilog=convert.CONVERT_EPILOG)(handle_errors()(convert.convert))
 app.command(epilog=bench.BENCH_EPILOG)(handle_errors()(bench.bench))
+app.command(epilog=serve.SERVE_EPILOG)(handle_errors()(serve.serve))
 app.add_typer(models.app, name="models")
 
 

@@ -6,13 +6,13 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kadr.cancellation import CancelToken
-from kadr.errors import KadrWarning
+from kadr.errors import KadrError, KadrWarning
 from kadr.jobs.job import canonical_json
 from kadr.jobs.stills import write_stills
 from kadr.pipeline.progress import Progress
@@ -56,21 +56,26 @@ class EngineMaker:
     Args:
         options: arguments of `Engine.open` for every job, unless its own differ.
         writes_stills: also write a thumbnail and a spritesheet.
+        stores_paths: see `Engine.write`.
+        opens_first: see `NewJob.engine`; opened before the first job, if it is on disk.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     writes_stills: bool = True
+    stores_paths: bool = True
+    opens_first: Mapping[str, Any] | None = None
     _engine: Engine | None = field(default=None, init=False, repr=False)
     _engine_key: str = field(default="", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.opens_first is not None:
+            with suppress(KadrError):  # its first job says what is wrong
+                self._open(self.opens_first)
 
     @property
     def warm_engines(self) -> tuple[str, ...]:
         """Canonical JSON of the engine that is open."""
         return (self._engine_key,) if self._engine is not None else ()
-
-    def warm_up(self, engine: Mapping[str, Any]) -> None:
-        """Opens an engine ahead of its first job, and fetches nothing."""
-        self._open(engine)
 
     def make(self, task: Task, report: Report, token: CancelToken) -> dict[str, Any]:
         """Makes the video of a job and returns its result.
@@ -94,6 +99,7 @@ class EngineMaker:
                 watch=lambda progress: report("progress", describe_progress(progress)),
                 on_plan=lambda plan: report("plan", describe_plan(plan)),
                 cancel=token,
+                stores_paths=self.stores_paths,
             )
             if self.writes_stills:
                 write_stills(video.path, task.output / THUMBNAIL_FILE, task.output / SPRITESHEET_FILE)

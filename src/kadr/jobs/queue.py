@@ -32,6 +32,9 @@ class JobQueue:
 
     Raises:
         StorageError: see `JobTable`.
+
+    Attributes:
+        housekeeping: called every ten seconds.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class JobQueue:
         self.supervisor = self._supervisor = Supervisor(
             self.claims, self.events, makers, patience=patience, min_free_bytes=min_free_bytes, log=log
         )
+        self.housekeeping: list[Callable[[], object]] = []
         self._is_closed = Flag()
         self._maintenance = Thread(target=self._maintain, name="kadr maintenance", daemon=True)
 
@@ -83,5 +87,7 @@ class JobQueue:
                     self._log(f"somebody deleted {self.store.table.database.path}; it was written again")
                 for job_id in delete_expired(self.store, self.retention):
                     self._log(f"{job_id} has expired and was deleted")
+                for keep_house in self.housekeeping:
+                    keep_house()
             except StorageError as error:
                 self._log(str(error))

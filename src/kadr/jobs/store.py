@@ -81,6 +81,7 @@ class JobStore:
         idempotency_key: str | None = None,
         fill: Callable[[Path], object] = lambda folder: None,
         job_id: str | None = None,
+        max_queued: int | None = None,
     ) -> Job:
         """Accepts a job: when this returns, it is on disk.
 
@@ -88,6 +89,7 @@ class JobStore:
             idempotency_key: chosen by whoever submits; a second job of one owner with the same key is the first one.
             fill: called with the job's folder, to put its media there.
             job_id: its id; by default a new one.
+            max_queued: of this owner's jobs, instead of the limit for every owner.
 
         Raises:
             QueueFullError: there is no room, or none for this owner.
@@ -99,7 +101,7 @@ class JobStore:
         ).hexdigest()
         if (earlier := self._find_earlier(new_job.owner, idempotency_key, digest)) is not None:
             return earlier
-        self._refuse_if_full(new_job.owner)
+        self._refuse_if_full(new_job.owner, max_queued)
         job_id, created_at = job_id or new_job_id(), self.clock()
         columns = {
             "id": job_id,
@@ -115,7 +117,7 @@ class JobStore:
             fill(folder)
             with self.table.change() as change:  # looked at again: the lock was free meanwhile
                 if (earlier := self._find_earlier(new_job.owner, idempotency_key, digest)) is None:
-                    self._refuse_if_full(new_job.owner)
+                    self._refuse_if_full(new_job.owner, max_queued)
                     key = {"idempotency_key": idempotency_key, "idempotency_digest": digest} if idempotency_key else {}
                     return change.insert(**columns, **key, status=QUEUED, position=_last_position(change) + 1)
         except BaseException:
@@ -171,6 +173,11 @@ class JobStore:
     def waiting(self) -> list[Job]:
         """Returns the jobs that wait, of all owners, by priority and position: about the order they are claimed in."""
         return self.table.rows(f"status = ? AND {_VISIBLE} ORDER BY priority DESC, position, number", (QUEUED,))
+
+    def positions(self) -> dict[str, int]:
+        """Returns the place of each job that waits, from 1, in the order of `waiting`."""
+        query = f"SELECT id FROM jobs WHERE status = ? AND {_VISIBLE} ORDER BY priority DESC, position, number"
+        return {row[0]: place for place, row in enumerate(self.table.database.rows(query, (QUEUED,)), 1)}
 
     def counts(self, owner: str | None = None) -> dict[str, int]:
         """Returns the number of jobs in each status."""
@@ -269,14 +276,14 @@ class JobStore:
             return self.get(job_id)
         return None
 
-    def _refuse_if_full(self, owner: str) -> None:
+    def _refuse_if_full(self, owner: str, max_queued: int | None) -> None:
         query = "SELECT COUNT(*), COALESCE(SUM(owner = ?), 0) FROM jobs WHERE status = 'queued' AND is_deleted = 0"
         ((waiting, own),) = self.table.database.rows(query, (owner,))
         if waiting >= self.limits.max_queued:
             raise QueueFullError(
                 f"{waiting} jobs wait, as many as the queue takes. Try again later.", retry_after=self._retry_after(1)
             )
-        share = self.limits.max_queued_per_owner
+        share = self.limits.max_queued_per_owner if max_queued is None else max_queued
         if share is not None and own >= share:
             raise QueueFullError(
                 f"{own} of your jobs wait, as many as you may have. Try again when one has finished.",

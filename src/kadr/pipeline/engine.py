@@ -12,7 +12,7 @@ from kadr.cancellation import CancelToken
 from kadr.models.registry import Recipe
 from kadr.pipeline.calibrate import calibrate_machine
 from kadr.pipeline.dry_run import DryRun, run_dry
-from kadr.pipeline.metadata import restore_kernels, video_metadata, with_outcome
+from kadr.pipeline.metadata import restore_kernels, video_metadata, with_outcome, without_folders
 from kadr.pipeline.modules import TrainedTransformer
 from kadr.pipeline.plan_request import plan_request
 from kadr.pipeline.progress import Watch, ignore_progress
@@ -200,6 +200,7 @@ class Engine(StageAccess):
         resume: bool = False,
         transformer: TrainedTransformer | None = None,
         kernels: Mapping[str, str] | None = None,
+        stores_paths: bool = True,
         cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> VideoFile:
@@ -214,6 +215,7 @@ class Engine(StageAccess):
             on_plan: called with the plan before anything is loaded.
             resume: continue from the windows that an interrupted generation of the same request has stored.
             transformer: used instead of the model's own.
+            stores_paths: store where the model and the media lie, for `kadr rerun`; False stores only their names.
             kernels: "kernels" of another video's metadata: they are used again, for the same frames.
 
         Raises:
@@ -228,4 +230,5 @@ class Engine(StageAccess):
                 on_plan(generation.plan)
             restore_kernels(generation, kernels)
             metadata = video_metadata(self.spec, generation.resolved, transformer)
+            metadata = metadata if stores_paths else without_folders(metadata)
             return write_video(generation, Path(path), metadata, resume=resume)

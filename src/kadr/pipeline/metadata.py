@@ -21,7 +21,7 @@ from kadr.schema import VIDEO_METADATA
 from kadr.spec.lora import Lora
 from kadr.spec.loras import Loras
 from kadr.spec.model import ModelSpec
-from kadr.validation import expand_home
+from kadr.validation import MAX_PATH_BYTES, expand_home
 from kadr.version import __version__
 
 KERNELS_KEY = "kernels"  # in the metadata: the kernels that were chosen by timing
@@ -50,6 +50,25 @@ def with_outcome(metadata: dict[str, Any], generation: Generation) -> dict[str, 
     """Returns the metadata with the kernels that were chosen by timing, and with what was degraded, if anything."""
     outcome = {KERNELS_KEY: record_choices(generation.device), "notices": list(generation.notices)}
     return {**metadata, **{key: value for key, value in outcome.items() if value}}
+
+
+def without_folders(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns metadata in which every absolute path is the name of its file: others need not know where it lies."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: strip(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [strip(item) for item in value]
+        return os.path.basename(value) if isinstance(value, str) and _is_file_path(value) else value
+
+    stripped: dict[str, Any] = strip(metadata)
+    return stripped
+
+
+def _is_file_path(text: str) -> bool:
+    """Tells an absolute path that exists from a prompt that begins with a slash."""
+    return os.path.isabs(text) and len(text) <= MAX_PATH_BYTES and "\0" not in text and os.path.exists(text)
 
 
 def restore_kernels(generation: Generation, choices: Any) -> None:

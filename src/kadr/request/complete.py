@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
 from kadr.request.windows import check_prompt_count
 from kadr.sampling.samplers import EULER
 from kadr.sampling.settings import Pass
+from kadr.shapes import MAX_FRAMES
 
 PASS_DEFAULTS = Pass(sampler=EULER, tone_map=0.0)  # where neither request nor recipe has a value
 
@@ -55,6 +57,20 @@ def complete_request(request: Request, recipe: Recipe) -> Request:
         }
     ).with_passes(first, second)
     return _with_denoise_strength(completed)
+
+
+def with_duration(request: Request, seconds: float, recipe: Recipe) -> Request:
+    """Returns the request with the frames of a duration, at the frame rate of the request or of the recipe.
+
+    Raises:
+        RequestError: the duration is not above 0, or too long.
+    """
+    fps = complete_request(request, recipe).fps
+    if not 0 < seconds < math.inf or fps is None:
+        raise RequestError(f"seconds is {seconds}; it must be a number above 0.")
+    if seconds * fps > MAX_FRAMES:
+        raise RequestError(f"seconds is {seconds:g}; at {fps:g} per second a video has at most {MAX_FRAMES / fps:g}.")
+    return replace(request, frames=max(1, round(seconds * fps)))
 
 
 def _pass_settings(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kadr.cli.flags import options, parse
 from kadr.cli.flags.official import SEPARATOR
-from kadr.errors import RequestError
 from kadr.quant.weight_formats import NONE, WEIGHT_FORMATS
 from kadr.request.request import Request
 from kadr.request.windows import PROMPT_SEPARATOR, Windows
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import CACHE_KINDS, FIRST_BLOCK, TAYLOR, StepCache
-from kadr.shapes import MAX_FRAMES
 from kadr.spec.offload import OFFLOAD_AUTO, OFFLOAD_MODES
 
 if TYPE_CHECKING:
@@ -46,11 +42,16 @@ def check_choices(flags: options.GenerateFlags | options.PlanFlags) -> None:
     """Refuses values that the parser lets through."""
     if flags.video.frames is not None and flags.video.seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
-    parse.check_one_of("--device", flags.model.device.partition(":")[0], DEVICES)
-    parse.check_one_of("--dtype", flags.model.dtype, DTYPE_NAMES)
-    parse.check_one_of("--quant", flags.model.quant.lower(), [name.lower() for name in WEIGHT_FORMATS])
-    parse.check_one_of("--offload", flags.model.offload, OFFLOAD_MODES)
+    check_execution(flags.model.device, flags.model.dtype, flags.model.quant, flags.model.offload)
     parse.check_one_of("--cache", flags.denoising.cache, (NONE, *CACHE_KINDS))
+
+
+def check_execution(device: str, dtype: str, quant: str, offload: str) -> None:
+    """Refuses values of --device, --dtype, --quant and --offload that the parser lets through."""
+    parse.check_one_of("--device", device.partition(":")[0], DEVICES)
+    parse.check_one_of("--dtype", dtype, DTYPE_NAMES)
+    parse.check_one_of("--quant", quant.lower(), [name.lower() for name in WEIGHT_FORMATS])
+    parse.check_one_of("--offload", offload, OFFLOAD_MODES)
 
 
 def refuse_second_pass_flags(request: Request, flags: options.ModelFlags) -> None:
@@ -227,14 +228,9 @@ def _collect_components(flags: options.ModelFlags) -> dict[str, Any]:
 
 
 def with_duration(request: Request, seconds: float | None, engine: Engine) -> Request:
-    """Returns the request with frames for a duration, at the frame rate of the request or of the recipe."""
+    """Returns the request with frames for a duration, if there is one; see `request.complete.with_duration`."""
     if seconds is None:
         return request
-    from kadr.request.complete import complete_request  # loads torch
+    from kadr.request import complete  # loads torch
 
-    fps = complete_request(request, engine.spec.recipe).fps
-    if not 0 < seconds < math.inf or fps is None:
-        raise RequestError(f"seconds is {seconds}; it must be a number above 0.")
-    if seconds * fps > MAX_FRAMES:
-        raise RequestError(f"seconds is {seconds:g}; at {fps:g} per second a video has at most {MAX_FRAMES / fps:g}.")
-    return replace(request, frames=max(1, round(seconds * fps)))
+    return complete.with_duration(request, seconds, engine.spec.recipe)

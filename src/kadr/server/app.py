@@ -1,0 +1,77 @@
+"""The application: routes, errors, and the gate before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kadr.server import events, system, videos
+from kadr.server.errors import add_error_handlers
+from kadr.server.gate import Gate, GateRules
+from kadr.server.metrics import Metrics
+from kadr.server.state import ServerState
+from kadr.version import __version__
+
+
+def create_app(state: ServerState, rules: GateRules) -> ASGIApp:
+    """Returns the application. The queue of the state is started and closed by whoever made it."""
+    # No page for the description: FastAPI's loads its scripts from elsewhere.
+    app = FastAPI(
+        title="kadr",
+        version=__version__,
+        description="Makes video with the LTX-Video family of models. Speaks the OpenAI Videos API.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.server, app.state.log = state, state.log
+    for module in (videos, events, system):
+        app.include_router(module.router)
+    add_error_handlers(app)
+    _require_tokens_in_description(app, bool(rules.tokens))
+    gated: ASGIApp = Gate(app, rules)
+    if rules.origins:
+        gated = CORSMiddleware(
+            gated,
+            allow_origins=list(rules.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "idempotency-key", "last-event-id"],
+            expose_headers=["openai-poll-after-ms", "retry-after", "x-video-id"],
+        )
+    return _Counter(gated, state.metrics)
+
+
+class _Counter:
+    """Counts answers by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "unknown")
+                self._metrics.answers.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, count if scope["type"] == "http" else send)
+
+
+def _require_tokens_in_description(app: FastAPI, needs_token: bool) -> None:
+    """Says in the OpenAPI description that a token is needed."""
+    describe: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        description = describe()
+        if needs_token:
+            schemes = description.setdefault("components", {}).setdefault("securitySchemes", {})
+            schemes["token"] = {"type": "http", "scheme": "bearer"}
+            description["security"] = [{"token": []}]
+        return description
+
+    app.openapi = openapi  # type: ignore[method-assign]

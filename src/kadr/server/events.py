@@ -1,0 +1,161 @@
+"""Server-sent events: the queue as it changes, for one video or all of a client's, and again after a gap."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import StreamingResponse
+
+from kadr.jobs.events import DELETED, JOB, PROGRESS, Event
+from kadr.jobs.job import UnknownJobError
+from kadr.server.auth import Client
+from kadr.server.errors import envelope_responses
+from kadr.server.state import Sender, ServerState, State
+from kadr.server.views import show_progress, show_video
+
+HEARTBEAT_SECONDS = 15.0
+MAX_WAITING = 1000  # events of a client that does not read; then it is cut off, and comes back for what it missed
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}},
+    **envelope_responses(400, 401, 403, 404),
+}
+
+LastEventId = Annotated[str | None, Header(alias="Last-Event-ID", max_length=100)]
+router = APIRouter(prefix="/v1")
+
+
+@router.get("/events", responses=_STREAM, response_class=StreamingResponse)
+async def stream_events(
+    request: Request,
+    state: State,
+    client: Sender,
+    last_event_id: LastEventId = None,
+    wait: Annotated[bool, Query(description="false: answer with what there is, and end.")] = True,
+) -> StreamingResponse:
+    """Streams what happens to all of a client's videos: events "job", "progress", "preview", "notice", "deleted".
+
+    The first event is "ready"; "reset" in its place means that events were missed: list the videos again. `id` of an
+    event is for `Last-Event-ID`.
+    """
+    return _stream(request, state, client, last_event_id, None, waits=wait)
+
+
+@router.get("/videos/{video_id}/events", responses=_STREAM, response_class=StreamingResponse)
+async def stream_video_events(
+    request: Request, state: State, client: Sender, video_id: str, last_event_id: LastEventId = None
+) -> StreamingResponse:
+    """Streams what happens to one video, as `GET /v1/events` does, from its present state until it is finished."""
+    state.queue.store.get(video_id, client.scope)
+    return _stream(request, state, client, last_event_id, video_id, waits=True)
+
+
+def _stream(
+    request: Request, state: ServerState, client: Client, last_event_id: str | None, job_id: str | None, *, waits: bool
+) -> StreamingResponse:
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no", "x-content-type-options": "nosniff"}
+    base_url = str(request.base_url).rstrip("/")
+    chunks = _Follower(state, client, base_url, job_id).follow(last_event_id, waits=waits)
+    return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+
+
+class _Follower:
+    """One connection that follows events."""
+
+    def __init__(self, state: ServerState, client: Client, base_url: str, job_id: str | None) -> None:
+        self._state, self._client, self._base_url, self._job_id = state, client, base_url, job_id
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    async def follow(self, last_event_id: str | None, *, waits: bool) -> AsyncIterator[str]:
+        """Yields events as text."""
+        log = self._state.queue.events
+        unsubscribe = log.subscribe(self._receive)
+        try:
+            seq, missed = self._missed(last_event_id)
+            for text in [self._greeting(missed is None), *(self._show(event) for event in missed or ())]:
+                yield text
+            if self._job_id is not None:
+                yield self._present_state(self._job_id)
+            while waits and not self._is_over():
+                try:
+                    event = await asyncio.wait_for(self._queue.get(), HEARTBEAT_SECONDS)
+                except asyncio.TimeoutError:
+                    yield ": heartbeat\n\n"
+                    continue
+                if event is None:
+                    return
+                if event.seq > seq:
+                    yield self._show(event)
+        finally:
+            unsubscribe()
+
+    def _receive(self, event: Event) -> None:
+        """Takes an event in the thread where it happened."""
+        if self._is_wanted(event):
+            self._loop.call_soon_threadsafe(self._put, event)
+
+    def _put(self, event: Event) -> None:
+        self._queue.put_nowait(event if self._queue.qsize() < MAX_WAITING else None)
+
+    def _is_wanted(self, event: Event) -> bool:
+        return event.is_visible_to(self._client.scope) and self._job_id in (None, event.job_id)
+
+    def _missed(self, last_event_id: str | None) -> tuple[int, list[Event] | None]:
+        """Returns the number of the newest event, and those after the last one that the client has; None: too many."""
+        log = self._state.queue.events
+        events = log.since(-1) or []
+        newest = events[-1].seq if events else -1
+        if last_event_id is None:
+            return newest, []
+        boot_id, _, number = last_event_id.partition(".")
+        if boot_id != log.boot_id or not number.isdecimal() or (missed := log.since(int(number))) is None:
+            return newest, None
+        missed = [event for event in missed if self._is_wanted(event)]
+        return max(newest, int(number)), missed
+
+    def _greeting(self, has_missed_events: bool) -> str:
+        kind = "reset" if has_missed_events else "ready"
+        return _event(kind, {"boot": self._state.queue.events.boot_id})
+
+    def _present_state(self, job_id: str) -> str:
+        """Returns the event with the video as it is now."""
+        try:
+            job = self._state.queue.store.get(job_id, self._client.scope)
+        except UnknownJobError:
+            return _event(DELETED, {"id": job_id})
+        return _event(JOB, self._show_job(job), self._event_id(job.seq))
+
+    def _is_over(self) -> bool:
+        """Tells whether nothing more happens to the one video that is followed."""
+        if self._job_id is None or not self._queue.empty():
+            return False
+        try:
+            return self._state.queue.store.get(self._job_id).is_finished
+        except UnknownJobError:
+            return True
+
+    def _show(self, event: Event) -> str:
+        if event.kind == JOB:
+            data = self._show_job(event.data)
+        elif event.kind == PROGRESS:
+            data = {"id": event.job_id, "seq": event.seq, **show_progress(event.data)}
+        else:
+            extra = event.data if isinstance(event.data, dict) else {}
+            data = {"id": event.job_id, "seq": event.seq, **extra}
+        return _event(event.kind, data, self._event_id(event.seq))
+
+    def _show_job(self, job: Any) -> dict[str, Any]:
+        return show_video(self._state, self._client, job, base_url=self._base_url)
+
+    def _event_id(self, seq: int) -> str:
+        return f"{self._state.queue.events.boot_id}.{seq}"
+
+
+def _event(kind: str, data: Any, event_id: str | None = None) -> str:
+    """Returns an event as text: data is one line, as JSON is."""
+    number = f"id: {event_id}\n" if event_id is not None else ""
+    return f"event: {kind}\n{number}data: {json.dumps(data)}\n\n"

@@ -1,0 +1,173 @@
+"""Looks at the headers of uploads in a process of its own: what a hostile file does there, it does to nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from kadr.errors import MediaError
+
+CHECK_SECONDS = 20.0
+MEMORY_BYTES = 3 << 30  # of address space, of which most is the libraries'
+
+IMAGE, CLIP = "image", "clip"
+_EBML, _RIFF = b"\x1a\x45\xdf\xa3", b"RIFF"
+_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis", b"hevc", b"hevx")
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What an upload may be, by its header.
+
+    Args:
+        max_pixels: of an image.
+        max_side: of a clip's frames, in pixels.
+        max_frames: of a clip.
+    """
+
+    max_pixels: int = 100_000_000
+    max_side: int = 8192
+    max_frames: int = 36_001
+
+
+@dataclass(frozen=True)
+class MediaFacts:
+    """What the header of an image or clip tells. frames, fps: of a clip."""
+
+    kind: str
+    width: int
+    height: int
+    frames: int | None = None
+    fps: float | None = None
+
+
+def sniff(head: bytes) -> tuple[str, str] | None:
+    """Returns the kind of a file and an ending for its name, by its first 12 bytes; None for what kadr does not read.
+
+    What a client calls the file, or says of it, is not looked at.
+    """
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return IMAGE, ".png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return IMAGE, ".jpg"
+    if head.startswith(_RIFF):
+        return {b"WEBP": (IMAGE, ".webp"), b"AVI ": (CLIP, ".avi")}.get(head[8:12])
+    if head.startswith(_EBML):
+        return CLIP, ".mkv"
+    if head[4:8] == b"ftyp":
+        if head[8:12] in _IMAGE_BRANDS:
+            return IMAGE, ".avif" if head[8:11] == b"avi" else ".heic"
+        return CLIP, ".mov" if head[8:12] == b"qt  " else ".mp4"
+    return (CLIP, ".mov") if head[4:8] in (b"moov", b"mdat", b"wide", b"free") else None
+
+
+def read_facts(path: Path, kind: str, limits: MediaLimits) -> MediaFacts:
+    """Reads the header of an image or clip; no pixel is decoded.
+
+    Raises:
+        MediaError: it is damaged, or exceeds a limit.
+    """
+    if kind == IMAGE:
+        from kadr.media.image import probe_image
+
+        width, height = probe_image(path)
+        if width * height > limits.max_pixels:
+            limit = limits.max_pixels / 1e6
+            raise MediaError(
+                f"the image has {width * height / 1e6:.0f} million pixels; this server takes {limit:.0f} million. Make "
+                "it smaller."
+            )
+        return MediaFacts(kind, width, height)
+    from kadr.media.clip import probe_video
+
+    header = probe_video(path)
+    if max(header.width, header.height) > limits.max_side:
+        raise MediaError(
+            f"the clip is {header.width}x{header.height} pixels; this server takes sides of {limits.max_side}."
+        )
+    if header.frames > limits.max_frames:
+        raise MediaError(f"the clip has {header.frames} frames; this server takes {limits.max_frames}. Cut it.")
+    return MediaFacts(kind, header.width, header.height, header.frames, float(header.fps))
+
+
+class MediaChecker:
+    """Runs `read_facts` in another process, one file at a time. Threads may share it."""
+
+    def __init__(self, limits: MediaLimits, seconds: float = CHECK_SECONDS) -> None:
+        self._limits, self._seconds, self._lock = limits, seconds, Lock()
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def check(self, path: Path, kind: str) -> MediaFacts:
+        """Returns the facts of a file.
+
+        Raises:
+            MediaError: as `read_facts`; or the file stopped the process that looked at it.
+        """
+        with self._lock:
+            connection = self._connection or self._start()
+            try:
+                connection.send((path, kind, self._limits))
+                if not connection.poll(self._seconds):
+                    raise EOFError
+                outcome = connection.recv()
+            except (EOFError, OSError) as error:
+                self._stop()
+                raise MediaError("the file cannot be read: it is damaged.") from error
+        if isinstance(outcome, MediaFacts):
+            return outcome
+        raise MediaError(outcome.replace(str(path), "the file"))
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(theirs,), name="kadr media check", daemon=True)
+        self._process.start()
+        theirs.close()
+        return self._connection
+
+    def _stop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+        self._connection = self._process = None
+
+
+def _run(connection: Connection) -> None:
+    """Checks file after file, until the pipe closes."""
+    _limit_memory(MEMORY_BYTES)
+    while True:
+        try:
+            path, kind, limits = connection.recv()
+        except EOFError:
+            return
+        connection.send(_outcome(partial(read_facts, path, kind, limits)))
+
+
+def _outcome(read: Callable[[], MediaFacts]) -> MediaFacts | str:
+    try:
+        return read()
+    except MediaError as error:
+        return str(error)
+    except Exception as error:  # of a library, for a file that nobody thought of
+        return f"the file cannot be read: {type(error).__name__}."
+
+
+def _limit_memory(num_bytes: int) -> None:
+    if sys.platform.startswith("linux"):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))

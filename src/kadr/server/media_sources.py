@@ -1,0 +1,149 @@
+"""Finds the media that a request names: uploads, videos and their media, data: URLs, and files of its own form."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.datastructures import UploadFile
+
+from kadr.jobs.engine_maker import VIDEO_FILE
+from kadr.jobs.folders import MEDIA_FOLDER, storage_error
+from kadr.jobs.job import COMPLETED, is_job_id
+from kadr.quoting import quote
+from kadr.server.auth import Client
+from kadr.server.errors import ApiError
+from kadr.server.schema import MediaReference
+from kadr.server.state import ServerState
+from kadr.server.uploads import decode_data_url, is_upload_id
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class MediaSource:
+    """A file that a job will have a copy of.
+
+    Args:
+        path: of the file now.
+        name: that it will have in the job's folder.
+        digest: tells it from others: a hash of its content, or the id of a video.
+        width, height, frames, fps: of its header; frames and fps of a clip.
+    """
+
+    path: Path
+    name: str
+    digest: str
+    width: int
+    height: int
+    frames: int | None = None
+    fps: float | None = None
+
+
+async def store_file(state: ServerState, client: Client, file: UploadFile) -> str:
+    """Stores a file of a form as an upload, and returns its id."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        while chunk := await file.read(_CHUNK):
+            yield chunk
+
+    return (await state.uploads.receive(client.name, chunks())).id
+
+
+async def store_data_url(state: ServerState, client: Client, url: str) -> str:
+    """Stores a data: URL as an upload, and returns its id."""
+    content = decode_data_url(url)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield content
+
+    return (await state.uploads.receive(client.name, chunks())).id
+
+
+async def reference_id(state: ServerState, client: Client, reference: MediaReference | str, param: str) -> str:
+    """Returns the id that a reference stands for; a data: URL becomes an upload.
+
+    Raises:
+        ApiError: it names nothing, or several things.
+    """
+    if isinstance(reference, str):
+        return await store_data_url(state, client, reference) if ":" in reference else reference
+    named = [value for value in (reference.file_id, reference.image_url, reference.id) if value is not None]
+    if len(named) != 1:
+        raise ApiError(400, f"{param} must have one of file_id, image_url and id.", code="invalid_value", param=param)
+    return await store_data_url(state, client, named[0]) if reference.image_url is not None else named[0]
+
+
+def find_source(state: ServerState, client: Client, reference: str, index: int) -> MediaSource:
+    """Returns the file of an id: an upload's, a completed video's, or `VIDEO/N`, the N-th medium of a video.
+
+    Raises:
+        ApiError: there is none, it is another client's, or the video is not completed.
+    """
+    if is_upload_id(reference):
+        upload = state.uploads.get(reference, client.scope)
+        return MediaSource(
+            state.uploads.path(upload),
+            f"{MEDIA_FOLDER}/{index}{upload.suffix}",
+            upload.sha256,
+            upload.width,
+            upload.height,
+            upload.frames,
+            upload.fps,
+        )
+    job_id, slash, number = reference.partition("/")
+    if not is_job_id(job_id):
+        raise ApiError(404, f"there is no upload or video {quote(reference)}.", code="media_not_found")
+    job = state.queue.store.get(job_id, client.scope)
+    if slash:
+        return _medium_of(state, job_id, job.labels.get("media", ()), number, index)
+    if job.status != COMPLETED or job.result is None:
+        raise ApiError(400, f"{job_id} is {job.status}; only a completed video can be used.", code="video_not_ready")
+    width, height = map(int, job.result["size"].split("x"))
+    path = state.queue.store.folders.output(job_id) / VIDEO_FILE
+    suffix = Path(VIDEO_FILE).suffix
+    facts = (width, height, job.result["frames"], job.result["fps"])
+    return MediaSource(path, f"{MEDIA_FOLDER}/{index}{suffix}", job_id, *facts)
+
+
+def _medium_of(
+    state: ServerState, job_id: str, media: list[Mapping[str, object]], number: str, index: int
+) -> MediaSource:
+    if not number.isdecimal() or len(number) > 3 or int(number) >= len(media):
+        raise ApiError(404, f"{job_id} has no medium {quote(number)}.", code="media_not_found")
+    facts = dict(media[int(number)])
+    path = state.queue.store.folders.path(job_id) / str(facts.pop("name"))
+    return MediaSource(path, f"{MEDIA_FOLDER}/{index}{path.suffix}", **facts)  # type: ignore[arg-type]
+
+
+def describe_source(source: MediaSource) -> dict[str, object]:
+    """Returns what a job stores of a medium."""
+    return {
+        "name": source.name,
+        "digest": source.digest,
+        "width": source.width,
+        "height": source.height,
+        "frames": source.frames,
+        "fps": source.fps,
+    }
+
+
+def copy_sources(sources: list[MediaSource], folder: Path) -> None:
+    """Puts the media of a job into its folder: as links to the same bytes where the disk has them.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    try:
+        for source in sources:
+            target = folder / source.name
+            target.parent.mkdir(exist_ok=True)
+            try:
+                os.link(source.path, target)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(source.path, target)
+    except OSError as error:
+        raise storage_error(folder, error) from error

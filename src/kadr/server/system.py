@@ -1,0 +1,184 @@
+"""Routes of everything but videos: uploads, models, LoRAs, the queue, health and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from kadr.errors import KadrError
+from kadr.server import schema
+from kadr.server.auth import Client
+from kadr.server.bodies import read_body
+from kadr.server.errors import ApiError, envelope_responses
+from kadr.server.state import Sender, ServerState, State
+from kadr.server.uploads import StoredUpload
+from kadr.version import __version__
+
+_CHUNK = 1 << 20
+_ERRORS = envelope_responses(400, 401, 403, 404)
+_HEALTH: dict[int | str, dict[str, Any]] = {503: {"model": schema.Health}, **envelope_responses(401, 403)}
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {}}},
+    **envelope_responses(401, 403, 507),
+}
+_UPLOAD_ERRORS = envelope_responses(400, 401, 403, 408, 413, 415, 429, 507)
+_UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                    "required": ["file"],
+                    "additionalProperties": False,
+                }
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+router = APIRouter()
+
+
+@router.post("/v1/uploads", response_model=schema.Upload, responses=_UPLOAD_ERRORS, openapi_extra=_UPLOAD_BODY)
+async def create_upload(request: Request, state: State, client: Sender) -> Any:
+    """Takes an image or clip, as the field `file` of a form or as the whole body. Its name is not used."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        return _show_upload(state, await state.uploads.receive(client.name, request.stream()))
+    async with read_body(request) as parsed:
+        if set(parsed.files) != {"file"} or parsed.data:
+            raise ApiError(400, "the form must have one field, file, with a file.", code="invalid_body", param="file")
+
+        async def chunks() -> AsyncIterator[bytes]:
+            while chunk := await parsed.files["file"].read(_CHUNK):
+                yield chunk
+
+        return _show_upload(state, await state.uploads.receive(client.name, chunks()))
+
+
+@router.get("/v1/uploads", response_model=schema.UploadList, responses=envelope_responses(401, 403))
+async def list_uploads(state: State, client: Sender) -> Any:
+    """Lists uploads that have not expired, newest first."""
+    uploads = await to_thread.run_sync(state.uploads.find_all, client.scope)
+    return {"data": [_show_upload(state, upload) for upload in uploads]}
+
+
+@router.delete("/v1/uploads/{upload_id}", response_model=schema.DeletedUpload, responses=_ERRORS)
+async def delete_upload(state: State, client: Sender, upload_id: str) -> Any:
+    """Deletes an upload. Videos that took it have their own."""
+    await to_thread.run_sync(state.uploads.delete, upload_id, client.scope)
+    return {"id": upload_id}
+
+
+@router.get("/v1/models", response_model=schema.ModelList, responses=envelope_responses(401, 403))
+async def list_models(state: State) -> Any:
+    """Lists the models of the server; the first one is the default."""
+    return {
+        "data": await to_thread.run_sync(lambda: [_show_model(state, name) for name in state.catalogue.model_names()])
+    }
+
+
+@router.get("/v1/models/{name:path}", response_model=schema.Model, responses=_ERRORS)
+async def get_model(state: State, name: str) -> Any:
+    """Shows a model, with the recipe that fills in what a request leaves out."""
+    found, _ = state.catalogue.find_model(name)
+    return await to_thread.run_sync(lambda: _show_model(state, found, with_recipe=True))
+
+
+@router.get("/v1/loras", response_model=schema.LoraList, responses=envelope_responses(401, 403))
+async def list_loras(state: State) -> Any:
+    """Lists the LoRAs of the server."""
+    return {"data": [{"id": name} for name in await to_thread.run_sync(state.catalogue.lora_names)]}
+
+
+@router.get("/v1/queue", response_model=schema.QueueState, responses=envelope_responses(401, 403, 507))
+async def get_queue(state: State, client: Sender) -> Any:
+    """Counts a client's videos by status, and tells whether the queue is paused."""
+    return _show_queue(state, client)
+
+
+@router.post("/v1/queue/pause", response_model=schema.QueueState, responses=envelope_responses(401, 403, 507))
+async def pause_queue(state: State, client: Sender) -> Any:
+    """Lets no further job begin, until `/v1/queue/resume`, also after a restart. For admins."""
+    return await _set_paused(state, client, True)
+
+
+@router.post("/v1/queue/resume", response_model=schema.QueueState, responses=envelope_responses(401, 403, 507))
+async def resume_queue(state: State, client: Sender) -> Any:
+    """Lets jobs begin again. For admins."""
+    return await _set_paused(state, client, False)
+
+
+@router.get("/health", response_model=schema.Health, responses=_HEALTH)
+async def get_health(state: State) -> Response:
+    """Tells whether the server is ready to make videos; if it is not, with the status 503."""
+    supervisor = state.queue.supervisor
+    problem = supervisor.storage_problem()
+    health = schema.Health(
+        ready=supervisor.num_ready > 0 and problem is None,
+        workers_ready=supervisor.num_ready,
+        workers=len(supervisor.slots),
+        paused=state.queue.store.is_paused,
+        problem=None if problem is None else "the server's disk is full or cannot be read",
+        version=__version__,
+    )
+    return JSONResponse(health.model_dump(), 200 if health.ready else 503)
+
+
+@router.get("/health/alive", response_model=schema.Alive, responses=envelope_responses(403))
+async def get_alive() -> Any:
+    """Answers. Needs no token."""
+    return {}
+
+
+@router.get("/metrics", responses=_METRICS, response_class=Response)
+async def get_metrics(state: State, client: Sender) -> Response:
+    """Figures for Prometheus. For admins."""
+    _require_admin(client)
+    return Response(state.metrics.write(state.queue), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _show_upload(state: ServerState, upload: StoredUpload) -> dict[str, Any]:
+    facts = asdict(upload)
+    times = {"created_at": int(upload.created_at), "expires_at": int(upload.created_at + state.uploads.max_age)}
+    return {key: facts[key] for key in schema.Upload.model_fields if key in facts} | times
+
+
+def _show_model(state: ServerState, name: str, *, with_recipe: bool = False) -> dict[str, Any]:
+    shown: dict[str, Any] = {"id": name, "is_default": name == state.catalogue.default}
+    if with_recipe:
+        try:
+            recipe = asdict(
+                state.catalogue.engine({"model": state.catalogue.find_model(name)[1], "loras": []}).spec.recipe
+            )
+        except KadrError:
+            return shown
+        shown["recipe"] = {**recipe, "size": "{width}x{height}".format(**recipe["size"])}
+    return shown
+
+
+def _show_queue(state: ServerState, client: Client) -> dict[str, Any]:
+    problem = state.queue.supervisor.storage_problem()
+    return {
+        "paused": state.queue.store.is_paused,
+        **state.queue.store.counts(client.scope),
+        "problem": None if problem is None else "the server's disk is full or cannot be read",
+    }
+
+
+async def _set_paused(state: ServerState, client: Client, is_paused: bool) -> dict[str, Any]:
+    _require_admin(client)
+    await to_thread.run_sync(state.queue.store.set_paused, is_paused)
+    return _show_queue(state, client)
+
+
+def _require_admin(client: Client) -> None:
+    if not client.is_admin:
+        raise ApiError(403, "only an admin's token may do that.", code="admin_only")

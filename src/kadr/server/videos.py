@@ -1,0 +1,331 @@
+"""Routes of videos: create, show, list, cancel, move, delete, fetch, remix, edit, extend, plan."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+
+from kadr.errors import KadrWarning, PlanError
+from kadr.jobs.engine_maker import SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
+from kadr.jobs.job import COMPLETED, FAILED, QUEUED, Job, JobConflictError
+from kadr.request.resolved_request import ResolvedRequest
+from kadr.server import documents, schema
+from kadr.server.auth import Client
+from kadr.server.bodies import ParsedBody, check_body, read_body
+from kadr.server.drafts import Draft, build_draft, parse_seconds, remix_draft
+from kadr.server.errors import ApiError, hide_paths
+from kadr.server.media_sources import MediaSource, copy_sources, find_source, reference_id, store_file
+from kadr.server.state import Sender, ServerState, State
+from kadr.server.views import SPRITESHEET, THUMBNAIL, VIDEO, format_seconds, poll_after_ms, show_video
+
+MAX_KEY_CHARACTERS = 255
+SYNC_POLL_SECONDS = 0.25
+_FILES = {
+    VIDEO: (VIDEO_FILE, "video/mp4"),
+    THUMBNAIL: (THUMBNAIL_FILE, "image/jpeg"),
+    SPRITESHEET: (SPRITESHEET_FILE, "image/jpeg"),
+}
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=MAX_KEY_CHARACTERS)]
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/videos", **documents.CREATE)
+async def create_video(
+    request: Request, state: State, client: Sender, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Accepts a request for a video. When it is answered, the job is on disk."""
+    draft, resolved = await _read_draft(request, state, client)
+    job = await _submit(state, client, draft, resolved, idempotency_key)
+    return _answer(request, state, client, job)
+
+
+@router.post("/videos/sync", **documents.SYNC)
+async def create_video_and_wait(request: Request, state: State, client: Sender) -> Response:
+    """Makes a video and answers with its file. A client that goes away cancels it."""
+    draft, resolved = await _read_draft(request, state, client)
+    job = await _submit(state, client, draft, resolved, None)
+    while not (job := state.queue.store.get(job.id)).is_finished:
+        if await request.is_disconnected():
+            _cancel_quietly(state, job.id)
+        await asyncio.sleep(SYNC_POLL_SECONDS)
+    if job.error is not None:
+        raise ApiError(422, hide_paths(job.error.message), code=job.error.code)
+    response = _file(state, job.id, VIDEO)
+    response.headers["x-video-id"] = job.id
+    return response
+
+
+@router.post("/videos/edits", **documents.EDIT)
+async def edit_video(
+    request: Request, state: State, client: Sender, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Makes a video from another one: its motion stays, by `denoise_strength`."""
+
+    def settings(body: schema.EditVideo, source: MediaSource, reference: str) -> dict[str, Any]:
+        return {"input_video": reference, **_shape_of(body, source), "frames": body.frames or source.frames}
+
+    return await _from_video(request, state, client, idempotency_key, schema.EditVideo, settings)
+
+
+@router.post("/videos/extensions", **documents.EXTEND)
+async def extend_video(
+    request: Request, state: State, client: Sender, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Makes a video that begins with another one and goes on; its length is that of both."""
+
+    def settings(body: schema.ExtendVideo, source: MediaSource, reference: str) -> dict[str, Any]:
+        shape = _shape_of(body, source)
+        if body.seconds is None:
+            raise ApiError(400, "seconds is missing: the length to add.", code="missing_value", param="seconds")
+        added = round(parse_seconds(body.seconds) * shape["fps"])
+        conditions = [{"media": reference}, *(body.conditions or ())]
+        return {**shape, "frames": (source.frames or 1) + max(1, added), "conditions": conditions, "seconds": None}
+
+    return await _from_video(request, state, client, idempotency_key, schema.ExtendVideo, settings)
+
+
+@router.get("/videos", response_model=schema.VideoList, responses=documents.ERRORS)
+async def list_videos(
+    request: Request,
+    state: State,
+    client: Sender,
+    after: Annotated[str | None, Query(max_length=100)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    status: Literal["queued", "in_progress", "completed", "failed"] | None = None,
+) -> Any:
+    """Lists videos in the order of their submission, by pages: `after` is the last id of the page before."""
+    statuses = () if status is None else (status,)
+    try:
+        page = state.queue.store.jobs(
+            client.scope, statuses=statuses, after=after, limit=limit, newest_first=order == "desc"
+        )
+    except ValueError as error:  # RequestError: of `after`, as the limit is checked
+        raise ApiError(400, str(error), code="invalid_value", param="after") from error
+    data = _show_all(request, state, client, page.jobs)
+    ids = [video["id"] for video in data]
+    return {"data": data, "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None,
+            "has_more": page.has_more}  # fmt: skip
+
+
+@router.get("/videos/{video_id}", response_model=schema.Video, responses=documents.ERRORS)
+async def get_video(request: Request, state: State, client: Sender, video_id: str) -> Response:
+    """Shows a video."""
+    return _answer(request, state, client, state.queue.store.get(video_id, client.scope))
+
+
+@router.delete("/videos/{video_id}", response_model=schema.DeletedVideo, responses=documents.ERRORS)
+async def delete_video(state: State, client: Sender, video_id: str) -> Any:
+    """Deletes a video with its files. One that is in progress is cancelled first."""
+    await to_thread.run_sync(state.queue.store.delete, video_id, client.scope)
+    return {"id": video_id}
+
+
+@router.post("/videos/{video_id}/cancel", **documents.CANCEL)
+async def cancel_video(request: Request, state: State, client: Sender, video_id: str) -> Response:
+    """Cancels a video that waits or is in progress; it is then failed, with the code "cancelled"."""
+    job = await to_thread.run_sync(state.queue.store.cancel, video_id, client.scope)
+    return _answer(request, state, client, job)
+
+
+@router.post("/videos/{video_id}/move", **documents.MOVE)
+async def move_video(request: Request, state: State, client: Sender, video_id: str) -> Response:
+    """Moves a video that waits to just before another one, or to the end of the queue."""
+    async with read_body(request) as parsed:
+        before = check_body(schema.MoveVideo, parsed.data).before
+    move = state.queue.store.move
+    job = await to_thread.run_sync(lambda: move(video_id, before=before, owner=client.scope))
+    return _answer(request, state, client, job)
+
+
+@router.get("/videos/{video_id}/content", **documents.CONTENT)
+async def get_content(
+    state: State, client: Sender, video_id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+) -> Response:
+    """Fetches the file of a completed video, its thumbnail or its spritesheet; any range of bytes."""
+    job = state.queue.store.get(video_id, client.scope)
+    if job.status == FAILED:
+        raise ApiError(400, f"{job.id} failed: it has no content.", code="video_failed")
+    if job.status != COMPLETED:
+        raise ApiError(
+            400, f"{job.id} is {job.status}; its content comes when it is completed.", code="video_not_ready"
+        )
+    return _file(state, job.id, variant)
+
+
+@router.post("/videos/{video_id}/remix", **documents.REMIX)
+async def remix_video(
+    request: Request, state: State, client: Sender, video_id: str, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Makes a video again with another prompt: same seed, same settings."""
+    job = state.queue.store.get(video_id, client.scope)
+    async with read_body(request) as parsed:
+        prompt = check_body(schema.RemixVideo, parsed.data).prompt
+    draft = remix_draft(state, client, job, prompt)
+    resolved = await _resolve(state, draft)
+    return _answer(request, state, client, await _submit(state, client, draft, resolved, idempotency_key))
+
+
+@router.post("/plan", **documents.PLAN)
+async def plan_video(request: Request, state: State, client: Sender) -> Any:
+    """Tells what a video would take: memory, time, bytes to fetch; and what would fit. Makes nothing."""
+    draft, resolved = await _read_draft(request, state, client)
+    return await to_thread.run_sync(_plan, state, draft, resolved)
+
+
+def _plan(state: ServerState, draft: Draft, resolved: ResolvedRequest) -> dict[str, Any]:
+    facts = {
+        "model": draft.model,
+        "size": str(resolved.size),
+        "num_frames": resolved.frames,
+        "fps": resolved.fps,
+        "seconds": format_seconds(resolved.frames / resolved.fps),
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KadrWarning)
+        try:
+            plan = state.catalogue.engine(draft.engine).plan(resolved)
+        except PlanError as error:
+            return {**facts, "fits": False, "message": hide_paths(str(error))}
+    return {
+        **facts,
+        "fits": True,
+        "message": plan.summary(),
+        "peak_bytes": plan.peak_bytes,
+        "estimated_seconds": round(plan.seconds, 1),
+        "estimated_seconds_range": [round(bound, 1) for bound in plan.seconds_range],
+        "bytes_to_fetch": plan.bytes_to_fetch,
+        "reasons": [hide_paths(reason) for reason in plan.reasons()],
+        "warnings": [hide_paths(str(item.message)) for item in caught if issubclass(item.category, KadrWarning)],
+    }
+
+
+async def _read_draft(request: Request, state: ServerState, client: Client) -> tuple[Draft, ResolvedRequest]:
+    """Reads the body of a new video, and resolves it for its model."""
+    async with read_body(request) as parsed:
+        body = check_body(schema.CreateVideo, _with_extra(parsed.data))
+        begin = await _read_reference(state, client, parsed, "input_reference", body.input_reference)
+    draft = await to_thread.run_sync(build_draft, state, client, body, body.prompt, begin)
+    return draft, await _resolve(state, draft)
+
+
+async def _from_video(
+    request: Request,
+    state: ServerState,
+    client: Client,
+    idempotency_key: str | None,
+    model: type[Any],
+    settings: Callable[[Any, MediaSource, str], dict[str, Any]],
+) -> Response:
+    """Submits a job that is made from another video, which is a file of the form or an id."""
+    async with read_body(request) as parsed:
+        body = check_body(model, _with_extra(parsed.data))
+        reference = await _read_reference(state, client, parsed, "video", body.video)
+        begin = await _read_reference(state, client, parsed, "input_reference", body.input_reference)
+    if reference is None:
+        raise ApiError(400, "video is missing: a file, or the id of a video.", code="missing_value", param="video")
+    source = find_source(state, client, reference, 0)
+    if source.frames is None:
+        raise ApiError(400, "video is an image; it must be a clip.", code="invalid_media", param="video")
+    body = body.model_copy(update=settings(body, source, reference))
+    draft = await to_thread.run_sync(build_draft, state, client, body, body.prompt, begin)
+    draft = replace(draft, remixed_from=reference if reference.startswith("video_") else None)
+    resolved = await _resolve(state, draft)
+    return _answer(request, state, client, await _submit(state, client, draft, resolved, idempotency_key))
+
+
+def _shape_of(body: schema.VideoSettings, source: MediaSource) -> dict[str, Any]:
+    """Returns size and frame rate: as asked, or those of the video."""
+    is_sized = body.size is not None or body.width is not None
+    return {"size": body.size if is_sized else f"{source.width}x{source.height}", "fps": body.fps or source.fps}
+
+
+def _with_extra(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a body with the fields of `extra_params` among the others."""
+    extra = data.get("extra_params")
+    if not isinstance(extra, Mapping):
+        return dict(data)  # its check refuses what is not an object
+    if twice := sorted(set(extra) & set(data)):
+        raise ApiError(400, f"{twice[0]} is given twice.", code="invalid_value", param=twice[0])
+    return {**{key: value for key, value in data.items() if key != "extra_params"}, **extra}
+
+
+async def _read_reference(
+    state: ServerState, client: Client, parsed: ParsedBody, name: str, reference: Any
+) -> str | None:
+    """Returns the id of a medium that is a file of the form or a reference. Other files are refused."""
+    if unknown := sorted(set(parsed.files) - {"input_reference", "video"}):
+        raise ApiError(400, f"{unknown[0]} is not a file of this request.", code="unknown_parameter", param=unknown[0])
+    if (file := parsed.files.get(name)) is not None:
+        return await store_file(state, client, file)
+    return None if reference is None else await reference_id(state, client, reference, name)
+
+
+async def _resolve(state: ServerState, draft: Draft) -> ResolvedRequest:
+    """Resolves a draft for its model: what would fail later is refused now."""
+
+    def resolve() -> ResolvedRequest:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KadrWarning)
+            return state.catalogue.engine(draft.engine).resolve(draft.request)
+
+    return await to_thread.run_sync(resolve)
+
+
+async def _submit(
+    state: ServerState, client: Client, draft: Draft, resolved: ResolvedRequest, idempotency_key: str | None
+) -> Job:
+    store = state.queue.store
+    job = await to_thread.run_sync(
+        lambda: store.submit(
+            draft.new_job(client, resolved),
+            idempotency_key=idempotency_key,
+            fill=lambda folder: copy_sources(list(draft.sources), folder),
+            max_queued=client.max_queued,
+        )
+    )
+    prompt = "" if state.hides_prompts else f": {job.request['prompt'][:200]!r}"
+    state.log(f"{job.id} of {client.name or 'the local user'} is accepted{prompt}")
+    return job
+
+
+def _answer(request: Request, state: ServerState, client: Client, job: Job) -> Response:
+    """Returns the answer with a job."""
+    (video,) = _show_all(request, state, client, [job])
+    headers = {}
+    if not job.is_finished:
+        headers["openai-poll-after-ms"] = str(poll_after_ms(job, state.queue.supervisor.live.get(job.id)))
+    return JSONResponse(video, headers=headers)
+
+
+def _show_all(request: Request, state: ServerState, client: Client, jobs: Any) -> list[dict[str, Any]]:
+    base_url = str(request.base_url).rstrip("/")
+    positions: dict[str, int] = {}
+    if any(job.status == QUEUED for job in jobs):
+        positions = state.queue.store.positions()
+    return [show_video(state, client, job, base_url=base_url, position=positions.get(job.id)) for job in jobs]
+
+
+def _file(state: ServerState, job_id: str, variant: str) -> FileResponse:
+    name, kind = _FILES[variant]
+    path = state.queue.store.folders.output(job_id) / name
+    if not path.is_file():
+        raise ApiError(404, f"the {variant} of {job_id} is no longer on the server's disk.", code="content_not_found")
+    headers = {"cache-control": "private, no-store", "x-content-type-options": "nosniff"}
+    return FileResponse(path, media_type=kind, filename=f"{job_id}{path.suffix}", headers=headers,
+                        content_disposition_type="inline")  # fmt: skip
+
+
+def _cancel_quietly(state: ServerState, job_id: str) -> None:
+    """Cancels a job whose client has gone, unless it is finished by now."""
+    try:
+        state.queue.store.cancel(job_id)
+    except JobConflictError:
+        return

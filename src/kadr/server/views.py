@@ -1,0 +1,111 @@
+"""Jobs as the API shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kadr.jobs.job import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job
+from kadr.jobs.live_job import LiveJob
+from kadr.server.auth import Client
+from kadr.server.drafts import settings_of
+from kadr.server.errors import hide_paths
+from kadr.server.state import ServerState
+
+VIDEO, THUMBNAIL, SPRITESHEET = "video", "thumbnail", "spritesheet"
+VARIANTS = (VIDEO, THUMBNAIL, SPRITESHEET)
+MAX_POLL_MS, MIN_POLL_MS = 5000, 500
+
+
+def format_seconds(seconds: float) -> str:
+    """Formats a length as "5.04" or "8"."""
+    return f"{seconds:.2f}".rstrip("0").rstrip(".")
+
+
+def content_path(job_id: str) -> str:
+    """Returns the path of a video's file."""
+    return f"/v1/videos/{job_id}/content"
+
+
+def show_video(
+    state: ServerState, client: Client, job: Job, *, base_url: str, position: int | None = None
+) -> dict[str, Any]:
+    """Returns a job as a `schema.Video`.
+
+    Args:
+        base_url: scheme and host that the client used, for absolute addresses.
+        position: in the queue.
+    """
+    labels, live = job.labels, state.queue.supervisor.live.get(job.id) if job.status == IN_PROGRESS else None
+    result: Mapping[str, Any] = job.result or {}
+    notices = result.get("notices", ()) if live is None else live.notices
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": labels["model"],
+        "status": job.status,
+        "progress": _progress(job, live),
+        "created_at": int(job.created_at),
+        "completed_at": int(job.finished_at) if job.status == COMPLETED and job.finished_at is not None else None,
+        "expires_at": _whole(state.queue.retention.expires_at(job.finished_at)),
+        "prompt": job.request["prompt"],
+        "seconds": format_seconds(labels["frames"] / labels["fps"]),
+        "size": labels["size"],
+        "error": {"code": job.error.code, "message": hide_paths(job.error.message)} if job.error else None,
+        "remixed_from_video_id": labels["remixed_from"],
+        "num_frames": labels["frames"],
+        "fps": labels["fps"],
+        "seed": job.request["seed"],
+        "seq": job.seq,
+        "queue_position": position if job.status == QUEUED else None,
+        **_show_live(live),
+        "notices": [hide_paths(notice) for notice in notices],
+        **(_addresses(state, job, base_url) if job.status == COMPLETED else {"url": None, "thumbnail_url": None}),
+        "inference_time_s": result.get("inference_seconds"),
+        "priority": job.priority,
+        "owner": job.owner if client.is_admin else None,
+        "request": settings_of(job),
+    }
+
+
+def show_progress(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a report of a worker as an event has it."""
+    left = data.get("seconds_left")
+    return {
+        "progress": min(99, int(100 * data.get("fraction", 0.0))),
+        "stage": data.get("stage"),
+        "step": data.get("step"),
+        "steps": data.get("of"),
+        "eta_seconds": None if left is None else round(left, 1),
+    }
+
+
+def poll_after_ms(job: Job, live: LiveJob | None) -> int:
+    """Returns the milliseconds after which a client that polls may ask again."""
+    left = None if live is None else live.seconds_left
+    return int(min(MAX_POLL_MS, max(MIN_POLL_MS, 1000 if left is None else 100 * left)))
+
+
+def _show_live(live: LiveJob | None) -> dict[str, Any]:
+    if live is None:
+        return {"stage": None, "step": None, "steps": None, "eta_seconds": None}
+    report = show_progress({**live.progress, "seconds_left": live.seconds_left})
+    return {key: value for key, value in report.items() if key != "progress"}
+
+
+def _progress(job: Job, live: LiveJob | None) -> int:
+    if job.status == COMPLETED:
+        return 100
+    return 0 if live is None or job.status == FAILED else min(99, int(100 * live.fraction))
+
+
+def _addresses(state: ServerState, job: Job, base_url: str) -> dict[str, str]:
+    path = content_path(job.id)
+    return {
+        "url": base_url + state.signer.sign(path),
+        "thumbnail_url": base_url + state.signer.sign(path, variant=THUMBNAIL),
+    }
+
+
+def _whole(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds)
