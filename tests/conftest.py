@@ -86,6 +86,14 @@ def freeze_garbage() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """Turns garbage collection off: what is freed is freed with its last reference, and is in no reference cycle."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
 def parity(record_property: Callable[[str, object], None]) -> Callable[[str, str, str, float], float]:
     """Records the error between kadr and an oracle, and returns it.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -69,3 +71,13 @@ def test_resident_and_streamed_blocks_mix() -> None:
     assert torch.equal(stack(x), expected)
     block_bytes = sum(tensor.nbytes for tensor in module_tensors(stack.blocks[0]))
     assert max(len(slot) for slot in swapper.slots) < block_bytes + 3 * 256
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_module_with_swapped_blocks_is_freed_with_its_last_reference() -> None:
+    stack = Stack(3)
+    CountingSwapper(list(stack.blocks), CPU)
+    stack(torch.randn(2, WIDTH))
+    references = [weakref.ref(stack), *map(weakref.ref, stack.blocks)]
+    del stack
+    assert [reference() for reference in references] == [None] * 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from kadr.memory.module_cache import ModuleCache
 
+pytestmark = pytest.mark.usefixtures("no_garbage_collection")
 CPU = torch.device("cpu")
 
 
@@ -33,16 +33,6 @@ class CountingLoader:
         self.alive.add(module)
         self.count += 1
         return module
-
-
-@pytest.fixture(autouse=True)
-def without_garbage_collection() -> Iterator[None]:
-    """A module must be freed with its last reference, not at Python's next collection."""
-    gc.freeze()  # existing objects, so that collecting new ones takes no time
-    gc.disable()
-    yield
-    gc.enable()
-    gc.unfreeze()
 
 
 def use(cache: ModuleCache, name: str, load: CountingLoader) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -351,6 +352,19 @@ def test_cuda_graph_replay_equals_a_plain_run(tiny, mode, masked):
     assert backend.replays >= 2
     graphed.clear_cuda_graphs()
     assert not graphed._cuda_graphs._graphs
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_transformer_with_cuda_graphs_is_freed_with_its_last_reference(tiny):
+    inputs, graphed, backend = batch_inputs(2), deepcopy(tiny), FakeBackend()
+    graphed.use_cuda_graphs(backend)
+    text_kv, rope = graphed.project_text(inputs.text, None), graphed.compute_rope(inputs.positions)
+    for _ in range(3):
+        graphed(inputs.tokens, rope, text_kv, None, inputs.sigma)
+    assert backend.replays
+    reference = weakref.ref(graphed)
+    del graphed
+    assert reference() is None
 
 
 def test_a_mask_beside_a_text_kv_cache_is_refused(tiny):

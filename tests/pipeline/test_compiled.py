@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -73,3 +74,14 @@ def test_one_compilation_serves_all_blocks(scheme: str | None) -> None:
 def test_compile_is_refused_off_cuda_before_loading() -> None:
     with pytest.raises(RequestError, match=r"--compile is for CUDA only: on cpu .*Leave --compile out"):
         Engine.open("no-such-model", device="cpu", compile_transformer=True)
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+@pytest.mark.parametrize("scheme", [None, "Q8_0"])
+def test_compiled_transformer_is_freed_with_its_last_reference(scheme: str | None) -> None:
+    transformer = build_transformer(scheme)
+    compile_blocks(transformer, BACKEND)
+    velocities(transformer)
+    references = [weakref.ref(module) for module in transformer.modules()]
+    del transformer
+    assert not any(reference() for reference in references)

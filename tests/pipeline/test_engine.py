@@ -482,3 +482,41 @@ def test_ctrl_c_is_raised_and_leaves_no_file(engine: Engine, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         engine.write(REQUEST, tmp_path / "out.mp4", watch=watch)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+@pytest.mark.parametrize(
+    "options, changes",
+    [
+        ({}, {}),
+        ({"quant": "int8"}, {"steps": 12, "cache": "first-block"}),
+        ({"offload": "blocks", "loras": ["demo-lora-teal"]}, {}),
+        ({"model": "demo-distilled"}, {"multi_scale": True, "size": Size(64, 64), "steps": None}),
+    ],
+)
+def test_weights_of_an_engine_are_freed_with_its_last_reference(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    references: list[weakref.ref[Any]] = []
+
+    def acquire(cache: ModuleCache, *args: Any, **keywords: Any) -> Any:
+        acquired = original(cache, *args, **keywords)
+
+        @contextmanager
+        def record() -> Iterator[nn.Module]:
+            with acquired as module:
+                references.extend(weakref.ref(item) for item in (cache, module, *module.parameters()))
+                yield module
+
+        return record()
+
+    original = ModuleCache.acquire
+    monkeypatch.setattr(ModuleCache, "acquire", acquire)
+    monkeypatch.setattr("kadr.memory.module_cache.gc.collect", lambda: 0)
+    engine = Engine.open(**{"model": "demo", "device": "cpu", "prompt_cache": False, **options})
+    request = Request(**{"prompt": "a red circle", "size": Size(32, 32), "frames": 1, "steps": 2, **changes})
+    engine.generate(request)
+    references.append(weakref.ref(engine))
+    del engine
+    assert len(references) > 100
+    assert not any(reference() is not None for reference in references)

@@ -33,35 +33,36 @@ class BlockSwapper:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, pin_memory: bool = False) -> None:
-        self.blocks, self.device = list(blocks), device
+        self.device = device
         self.copy_stream = (
             _CudaCopyStream(device, pin_memory=pin_memory) if device.type == "cuda" else _SyncCopyStream()
         )
-        self.host_weights = [self._to_host(block) for block in self.blocks]
+        self.host_weights = [self._to_host(block) for block in blocks]
         slot_bytes = max((_aligned_bytes(weights) for weights in self.host_weights), default=0)
-        count = min(NUM_SLOTS, len(self.blocks))
+        count = min(NUM_SLOTS, len(blocks))
         self.slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
         self._block_in_slot: list[int | None] = [None] * count  # index of the block in each slot
-        for index, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(lambda *_, index=index: self._before_block(index))
-            block.register_forward_hook(lambda *_, index=index: self._after_block(index))
+        # The hooks get the block: one that the swapper kept would be in a reference cycle with it.
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda block, *_, index=index: self._before_block(block, index))
+            block.register_forward_hook(lambda block, *_, index=index: self._after_block(block, index))
 
     def _to_host(self, block: nn.Module) -> list[Tensor]:
         check_cancelled()
         return self.copy_stream.to_host(_block_tensors(block))
 
-    def _before_block(self, index: int) -> None:
+    def _before_block(self, block: nn.Module, index: int) -> None:
         slot = self._copy_to_slot(index)
         self.copy_stream.wait_filled(slot)
-        _set_block_tensors(self.blocks[index], list(self._slot_views(index, slot)))
+        _set_block_tensors(block, list(self._slot_views(index, slot)))
 
-    def _after_block(self, index: int) -> None:
+    def _after_block(self, block: nn.Module, index: int) -> None:
         # The block's kernels are queued by now: the host is free to start the next copy.
         slot = self._block_in_slot.index(index)
         self.copy_stream.mark_used(slot)
-        _set_block_tensors(self.blocks[index], self.host_weights[index])
+        _set_block_tensors(block, self.host_weights[index])
         if len(self.slots) > 1:
-            self._copy_to_slot((index + 1) % len(self.blocks), busy_slot=slot)
+            self._copy_to_slot((index + 1) % len(self.host_weights), busy_slot=slot)
 
     def _copy_to_slot(self, index: int, busy_slot: int | None = None) -> int:
         """Copies a block into a slot unless it is in one already, and returns the slot."""

@@ -24,6 +24,7 @@ from kadr.nn.linear import Linear, mlp
 from kadr.nn.modulation import compute_adaln_params, init_scale_shift_table
 from kadr.nn.rope import Rope, rope_table
 from kadr.nn.timestep_embedding import TimestepEmbedding
+from kadr.nn.weak_method import weak_method
 from kadr.quoting import quote
 from kadr.sampling.guidance import Perturbation
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
@@ -183,7 +184,8 @@ class TransformerBlock(nn.Module):
         self.self_attention = Attention(width, config.num_heads)
         self.cross_attention = Attention(width, config.num_heads)
         self.feed_forward = FeedForward(width, 4 * width, width)
-        self.compute_override: Callable[..., Tensor] | None = None  # a compiled `compute`
+        # Called with the block instead of `compute`. Bound to the block it would be in a reference cycle.
+        self.compute_override: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, block_inputs: BlockInputs, stg_mode: str | None = None) -> Tensor:
         """Computes the block for x (B, N, D) -> (B, N, D).
@@ -196,7 +198,7 @@ class TransformerBlock(nn.Module):
             return x
         text_kv_cache, samples = block_inputs.text_kv, block_inputs.samples
         text_kv, bias = text_kv_cache.get(self.cross_attention).for_samples(samples), text_kv_cache.bias
-        compute = self.compute_override or self.compute
+        compute = self.compute if self.compute_override is None else partial(self.compute_override, self)
         sample_bias = None if bias is None else bias[samples]
         perturbed = PERTURBED_VALUES[stg_mode] if stg_mode else None
         return compute(x, block_inputs.adaln, block_inputs.rope, text_kv, sample_bias, perturbed)
@@ -250,7 +252,7 @@ class Transformer(nn.Module):
         Needs weights that are not moved, a text whose KV cache all blocks have filled, and at most
         `CUDA_GRAPH_MAX_TOKENS` tokens.
         """
-        self._cuda_graphs = GraphedCallable(self._run_blocks_of_tensors, backend=graph_backend)
+        self._cuda_graphs = GraphedCallable(weak_method(self._run_blocks_of_tensors), backend=graph_backend)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles the blocks with `torch.compile` when they first run: one compilation serves all blocks.
@@ -262,7 +264,7 @@ class Transformer(nn.Module):
         """
         compiled = torch.compile(TransformerBlock.compute, backend=backend)
         for block in self.blocks:
-            cast(TransformerBlock, block).compute_override = partial(compiled, block)
+            cast(TransformerBlock, block).compute_override = compiled
 
     def clear_cuda_graphs(self) -> None:
         """Drops the captured CUDA graphs and frees their memory."""

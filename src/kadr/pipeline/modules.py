@@ -167,7 +167,7 @@ class Modules:
 
         if dtype is not None:
             self.module_cache.clear(keep=self.module_cache.cached_names - {name})
-            gc.collect()  # the one used before may be in a reference cycle of hooks
+            gc.collect()  # a library may have put the one used before into a reference cycle
         cache_name = name if dtype is None else f"{name} in {placement.dtype}"
         configuration = (
             placement.dtype,

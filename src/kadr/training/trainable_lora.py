@@ -118,5 +118,5 @@ def enable_gradient_checkpointing(blocks: Iterable[nn.Module]) -> None:
     It takes half as much time again, for a small part of the memory.
     """
     for block in blocks:
-        compute: Callable[..., Tensor] = block.compute  # type: ignore[assignment]
+        compute: Callable[..., Tensor] = type(block).compute  # type: ignore[attr-defined]
         block.compute_override = partial(checkpoint, compute, use_reentrant=False)  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from kadr.memory.mapped_files import release_pages, stream_blocks
 from kadr.models.lora_layers import LoraWeightsByLayer, attach_loras
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
+from kadr.nn.weak_method import weak_method
 from kadr.planning.placement import AS_STORED, CONVERTED, Placement
 from kadr.quant.convert import blocks_of, quantize_blocks
 from kadr.quant.layers import DequantizingLinear
@@ -27,8 +28,8 @@ def compile_blocks(module: Transformer, backend: str = "inductor") -> None:
     """Compiles the blocks of a transformer, except the dequantization of weights, which has its own kernels."""
     for child in module.modules():
         if isinstance(child, DequantizingLinear):
-            child.forward = torch.compiler.disable(child.forward)  # type: ignore[method-assign]
-            child.with_gelu = torch.compiler.disable(child.with_gelu)  # type: ignore[method-assign]
+            child.forward = torch.compiler.disable(weak_method(child.forward))  # type: ignore[method-assign]
+            child.with_gelu = torch.compiler.disable(weak_method(child.with_gelu))  # type: ignore[method-assign]
     module.compile_blocks(backend)
 
 
