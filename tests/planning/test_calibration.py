@@ -327,3 +327,10 @@ def test_plan_command_gives_a_range_until_it_has_calibrated(
     text = run_plan()[0]
     assert "uncalibrated" not in text
     assert "; about 3 s" in text  # its start-up counts
+
+
+def test_modules_are_built_in_their_dtype_without_changing_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_default_dtype", None)  # it is the whole process's
+    module = layers.LayerMeter(torch.bfloat16, torch.device("cpu"))._transformer(layers.SMALL, layers.PLAIN)
+    assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.bfloat16}
+    assert all(0 < weight.abs().max() < 0.03 for weight in module.parameters())

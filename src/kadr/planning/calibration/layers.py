@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from kadr.quant import weight_formats
 from kadr.quant.convert import quantize_blocks
 from kadr.quant.prepack import prepack_convs, prepack_linears, should_prepack_convs, should_prepack_linears
 
+M = TypeVar("M", bound=nn.Module)
 TEXT_TOKENS = 64
 SMALL = TransformerConfig(num_layers=1, num_heads=6, head_dim=32, caption_channels=128)  # the demo's sizes
 # Configs of one block -> rows on a CPU, and on a GPU. What is measured takes most of a minute on two cores.
@@ -116,9 +117,7 @@ class LayerMeter:
         return self.clock.fastest(lambda: block(x, inputs))
 
     def _transformer(self, config: TransformerConfig, kernel: str) -> Transformer:
-        with _default_dtype(self.dtype), self.device:
-            module = Transformer(config).eval().requires_grad_(False)
-        _fill(module)
+        module = self._build(lambda: Transformer(config))
         if kernel == INT8:
             quantize_blocks(module, weight_formats.INT8, device=self.device)
         if kernel in (PREPACKED, INT8) and not self._on_gpu:
@@ -159,9 +158,7 @@ class LayerMeter:
     def _first_conv_run(self, kernel: str, channels: int, side: int) -> tuple[float, Callable[[], Tensor]]:
         """Returns the seconds of prepacking a new residual block and running it, and what runs it again."""
         is_causal = kernel in (WINOGRAD_2, WINOGRAD_IMAGE)
-        with _default_dtype(self.dtype), self.device:
-            block = nn.ModuleList([ResnetBlock3D(channels, channels, causal=is_causal)]).eval().requires_grad_(False)
-        _fill(block)
+        block = self._build(lambda: nn.ModuleList([ResnetBlock3D(channels, channels, causal=is_causal)]))
         if self._on_gpu:
             block.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         x = self._randn(1, channels, CONV_FRAMES[kernel], side, side)
@@ -178,21 +175,17 @@ class LayerMeter:
 
         return self.clock.once(prepack_and_run), run
 
+    def _build(self, build: Callable[[], M]) -> M:
+        """Builds a module of the dtype on the device, with small numbers for weights.
+
+        Neither zeros, with which hardware is faster, nor any that overflow.
+        """
+        with torch.device("meta"):
+            module = build().to(self.dtype)
+        module = module.to_empty(device=self.device).eval().requires_grad_(False)
+        for weight in module.parameters():
+            weight.data.uniform_(-0.02, 0.02)
+        return module
+
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
-
-
-def _fill(module: nn.Module) -> None:
-    """Fills weights with small numbers: neither zeros, with which hardware is faster, nor any that overflow."""
-    for weight in module.parameters():
-        weight.data.uniform_(-0.02, 0.02)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
