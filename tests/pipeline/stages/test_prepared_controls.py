@@ -621,8 +621,10 @@ def test_lora_at_strength_0_does_not_set_the_reference_size(
 ) -> None:
     request = replace(REQUEST, controls=(Control(clips(17)),))
     both = Engine.open(home / MODEL_FILE, device="cpu", loras=[(lora(), 0.7), lora("2")], prompt_cache=False)
-    assert torch.equal(both.denoise(replace(request, lora_strengths=(0.7, 0.0))), opened(None, 0.7).denoise(request))
-    assert relative_error(both.denoise(request), opened(None, 0.7).denoise(request)) > 1e-3
+    alone = opened(None, 0.7).denoise(request)
+    # Not equal bit for bit: the ranks of all LoRAs are one matmul, and a wider one may add up in another order.
+    assert relative_error(both.denoise(replace(request, lora_strengths=(0.7, 0.0))), alone) < 1e-5
+    assert relative_error(both.denoise(request), alone) > 1e-3
 
 
 def test_loras_with_different_reference_sizes_are_refused(
