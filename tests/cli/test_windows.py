@@ -147,6 +147,31 @@ def test_interruption_reports_the_finished_windows(
     assert is_reported is not isinstance(error, RequestError)
 
 
+def test_longest_file_name_is_refused_only_where_windows_need_a_longer_one(
+    kadr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "x" * 251 + ".mp4"  # 255 bytes, and the folder x...x.windows would have 259
+    tiny = ["--size", "32x32", "--steps", "1", "--output", name]
+    result = kadr("generate", PROMPT, "--frames", "33", "--window", "17", *tiny)
+    assert (result.code, result.out, os.listdir(tmp_path)) == (1, "", [])
+    assert ".windows'; a file name has at most 255 bytes" in result.err
+    result = kadr("generate", PROMPT, "--frames", "1", *tiny)
+    assert (result.code, result.out) == (0, f"{name}\n"), result.err
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others allow only names that are UTF-8")
+def test_long_video_with_a_name_that_is_no_utf8_is_written(
+    kadr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"\xff.mp4")
+    flags = ["--size", "32x32", "--frames", "25", "--steps", "1", "--window", "17", "--overlap", "8"]
+    assert kadr("generate", PROMPT, *flags, "--output", name).code == 0
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_dry_run_lists_windows(kadr: Run) -> None:
     args = ("--model", "ltxv-2b-0.9.5", "--seconds", "60", "--window", "121", "--size", "704x480", "--json")
     result = kadr("generate", "--prompt", "one", "--prompt", "two", *args, "--dry-run")

@@ -137,6 +137,21 @@ class Source:
         return _view_flat(info, mapped).view(info.storage_shape)
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Reads a file that `save.write_tensors` wrote: its tensors, as `Source.read`, and the metadata of its header.
+
+    Unlike those of safetensors, any path will do, also one that is not UTF-8.
+
+    Raises:
+        ValueError: the file is gone or damaged. The message names no file and no way out, which the caller knows.
+    """
+    try:
+        source = Source.open(path)
+        return {name: source.read(name) for name in source.infos}, source.metadata
+    except CheckpointError as error:
+        raise ValueError("it is gone or damaged") from error
+
+
 def _view_flat(info: TensorInfo, mapped: mmap) -> Tensor:
     """Returns the values of a tensor on one axis, sharing memory with the map unless they are not aligned."""
     if info.file_offset % info.dtype.itemsize:  # old writers did not align; torch.frombuffer requires it

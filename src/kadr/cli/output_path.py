@@ -15,6 +15,7 @@ from kadr.regular_file import NotRegularFileError, require_regular
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.windows import WINDOWS_SUFFIX, window_folder_path
 from kadr.shapes import Size
+from kadr.validation import check_path
 
 DEFAULT_OUTPUT = "out.mp4"
 
@@ -129,6 +130,8 @@ def _refuse_unwritable(request: Request, output: Path, latents_path: Path | None
     from kadr.media.writer import VideoWriter
 
     refuse_overwriting(request, output)
+    if request.windows is not None:
+        check_path("the folder of finished windows", window_folder_path(output))
     size = request.size if isinstance(request.size, Size) else Size(2, 2)
     VideoWriter(output, size, request.fps or 24)  # refuses a file that it could not write
     if latents_path is not None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
+from kadr.checkpoints.source import read_tensors
 from kadr.errors import CheckpointError, MediaError
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.request.inputs import Control
@@ -50,8 +50,8 @@ class CachedExample:
             CheckpointError: the file is missing or damaged.
         """
         try:
-            return load_file(self.file)
-        except Exception as error:  # safetensors raises its own error, the operating system others
+            return read_tensors(self.file)[0]
+        except ValueError as error:
             raise CheckpointError(
                 f"{self.file} cannot be read: {error}. Remove it; resuming the training writes it again."
             ) from error

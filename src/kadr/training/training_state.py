@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
+from kadr.checkpoints.source import read_tensors
 from kadr.errors import CheckpointError, RequestError
 from kadr.json_reader import parse_json
 from kadr.schema import TRAINING_STATE
@@ -88,17 +88,19 @@ def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optim
         return 0
     step = int(_header(path)["step"])
     try:
-        with safe_open(path, framework="pt") as file:
-            _restore_tensors(file, lora_layers, optimizer, step)
-    except Exception as error:  # safetensors raises its own error
+        _restore_tensors(read_tensors(path)[0], lora_layers, optimizer, step)
+    except (KeyError, ValueError, RuntimeError) as error:  # RuntimeError: another shape
         raise _unreadable(path, error) from error
     return step
 
 
 def _restore_tensors(
-    file: Any, lora_layers: Mapping[str, TrainableLoRALinear], optimizer: torch.optim.AdamW, step: int
+    tensors: Mapping[str, Tensor],
+    lora_layers: Mapping[str, TrainableLoRALinear],
+    optimizer: torch.optim.AdamW,
+    step: int,
 ) -> None:
-    """Copies the matrices and their moments from an open file.
+    """Copies the matrices and their moments from the tensors of a file.
 
     Nothing may share memory with the file: Windows does not replace a file that is mapped, and the next state is
     written over it.
@@ -106,24 +108,25 @@ def _restore_tensors(
     for name, layer in lora_layers.items():
         for matrix in MATRICES:
             parameter = getattr(layer, matrix)
-            parameter.data.copy_(file.get_tensor(f"{name}.{matrix}"))
-            moments = {moment: file.get_tensor(f"{name}.{matrix}.{moment}") for moment in MOMENTS}
+            parameter.data.copy_(tensors[f"{name}.{matrix}"])
+            moments = {moment: tensors[f"{name}.{matrix}.{moment}"] for moment in MOMENTS}
             state = {moment: tensor.to(parameter.device, copy=True) for moment, tensor in moments.items()}
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
 
 
 def _header(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = parse_json((file.metadata() or {})["kadr_training"])
+        header = parse_json(read_tensors(path)[1]["kadr_training"])
         if not isinstance(header, dict) or not isinstance(header.get("step"), int):
             raise ValueError("its header has no step")
-    except Exception as error:  # safetensors raises its own error
+    except KeyError as error:
+        raise _unreadable(path, "its header names no training") from error
+    except ValueError as error:
         raise _unreadable(path, error) from error
     return TRAINING_STATE.upgrade(header, path)
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
+def _unreadable(path: Path, error: object) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read as a training state: {error}. Remove it to start again.")
 
 

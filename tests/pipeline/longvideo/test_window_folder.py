@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -330,3 +331,15 @@ def test_windows_on_disk_leave_memory(engine: Engine, output_folder: Path) -> No
     engine.write(request, output_folder / "clip.mp4", watch=watch)
     assert len(live_elements) == 7
     assert max(live_elements[3:]) == live_elements[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others allow only names that are UTF-8")
+def test_window_in_a_folder_that_is_no_utf8_is_reused(tmp_path: Path) -> None:
+    folder, latents = tmp_path / os.fsdecode(b"\xff.windows"), torch.rand(1, 4, 2, 3, 3)
+    identity = VIDEO_METADATA.stamp({"request": LONG.to_json()})
+    for resume in (False, True):
+        with WindowFolder.open(folder, identity, [latents.shape], resume=resume) as windows:
+            assert windows.has(0) == resume
+            if not resume:
+                windows.store(0, latents)
+            assert torch.equal(windows.read(0), latents)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from kadr.atomic_write import atomic_path
 from kadr.cancellation import remove_if_ended
-from kadr.checkpoints.save import write_tensors
+from kadr.checkpoints.save import atomic_path, write_tensors
+from kadr.checkpoints.source import read_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.json_reader import parse_json
 from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock
@@ -39,7 +38,8 @@ _MAX_DIFFERENCES = 3  # differences that an error names
 
 def finished_windows(folder: Path) -> list[int]:
     """Returns the indices, from 0, of the windows in a folder."""
-    files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    # Unlike `Path.is_dir`, no error where the name is too long for a folder: a video without windows needs none.
+    files = [file for file in folder.iterdir() if file.is_file()] if os.path.isdir(folder) else []
     matches = (_WINDOW_FILE_NAME.fullmatch(file.name) for file in files)
     return sorted(int(match[1]) - 1 for match in matches if match is not None)
 
@@ -50,7 +50,7 @@ def stored_prompt(folder: Path, prompt: str) -> tuple[str, str | None] | None:
     Raises:
         CheckpointError, MediaError, RequestError: as `_read_identity`.
     """
-    if not (folder / REQUEST_FILE).is_file():
+    if not os.path.isfile(folder / REQUEST_FILE):
         return None
     try:
         request = _read_identity(folder)["request"]
@@ -66,7 +66,7 @@ def check_resumable(folder: Path, *, resume: bool) -> None:
     Raises:
         RequestError: names the ways out.
     """
-    windows, has_request = finished_windows(folder), (folder / REQUEST_FILE).is_file()
+    windows, has_request = finished_windows(folder), os.path.isfile(folder / REQUEST_FILE)
     if windows and not has_request:
         raise RequestError(
             f"{folder} holds {_count_windows(windows)}, but no {REQUEST_FILE} that names the video. Delete it, or "
@@ -157,8 +157,8 @@ class WindowFolder:
         """Raises: CheckpointError: the file is missing or damaged."""
         file = _window_file(self.folder, index)
         try:
-            return load_file(file)[_LATENTS].clone()  # not the file's own memory: the file will be deleted
-        except (OSError, KeyError, SafetensorError) as error:
+            return read_tensors(file)[0][_LATENTS].clone()  # not the file's own memory: the file will be deleted
+        except (KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{file} cannot be read: {error}. Continue with --resume: only this window is sampled again."
             ) from error
@@ -219,9 +219,11 @@ def _intact_windows(folder: Path, shapes: Sequence[tuple[int, ...]]) -> list[int
 def _find_damage(file: Path, shape: tuple[int, ...]) -> str | None:
     """Returns what is wrong with a window's file; None if it is intact."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            digest, latents = (opened.metadata() or {}).get(_DIGEST_KEY), opened.get_tensor(_LATENTS)
-    except (OSError, KeyError, SafetensorError) as error:
+        tensors, metadata = read_tensors(file)
+        digest, latents = metadata.get(_DIGEST_KEY), tensors[_LATENTS]
+    except KeyError:
+        return "it has no latents"
+    except ValueError as error:
         return str(error)
     if latents.dtype != torch.float32 or tuple(latents.shape) != shape:
         return f"its latents are {latents.dtype} of {tuple(latents.shape)}"
