@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,24 @@ def check_path(name: str, value: Any) -> None:
         raise RequestError(
             f"{name} is {quote(text)}; a file name has at most {MAX_NAME_BYTES} bytes, and a path {MAX_PATH_BYTES}."
         )
+
+
+def refuse_overwriting_source(path: Path, files: Iterable[Path]) -> None:
+    """Refuses to write over a file that is read, by whatever path or link.
+
+    Raises:
+        CheckpointError: `path` is one of the files.
+    """
+    for file in dict.fromkeys(files):
+        if is_same_file(path, file):
+            raise CheckpointError(
+                f"{path} is {'the input' if path == file else f'a link to the input {file}'}. Write to another path."
+            )
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Tells whether two paths lead to one file that exists, also by a link."""
+    return path.exists() and other.exists() and path.samefile(other)
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +55,30 @@ def test_existing_output_is_replaced_only_with_force(kadr: Run, home: Path, tmp_
     assert "exists already. Pass --force" in result.err
     assert out.read_text() == "older"
     assert kadr("convert", home / tiny_models.MODEL_FILE, out, "--force").code == 0
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_link_to_the_input_is_refused_before_converting(
+    kadr: Run, home: Path, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    shutil.copy(home / tiny_models.MODEL_FILE, source)
+    link(source, out)
+    result = kadr("convert", source, out, "--force")
+    assert (result.code, len(result.err.splitlines())) == (1, 1)
+    assert f"{out} is a link to the input {source}. Write to another path" in result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
+
+
+def test_file_of_the_input_folder_is_not_replaced(kadr: Run, home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert kadr("convert", home / tiny_models.MODEL_FILE, folder).code == 0
+    part = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = part.read_bytes()
+    result = kadr("convert", folder, part, "--force")
+    assert result.code == 1
+    assert f"{part} is the input" in result.err
+    assert part.read_bytes() == content
 
 
 def test_output_that_is_a_link_to_itself_is_no_bug(kadr: Run, home: Path, tmp_path: Path) -> None:

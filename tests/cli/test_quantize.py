@@ -180,6 +180,27 @@ def test_existing_output_is_replaced_only_with_force(kadr: Run, model_folder: Pa
     assert Checkpoint.open(out).info.layout == "GGUF"
 
 
+@pytest.mark.parametrize("kind", ["itself", "symbolic link", "hard link"])
+def test_output_that_is_the_input_is_refused_before_quantizing(
+    kadr: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    source = tmp_path / "x.gguf"
+    assert kadr("quantize", model_folder / tiny_models.MODEL_FILE, source, "--type", "F16").code == 0
+    content, out = source.read_bytes(), tmp_path / "y.gguf"
+    if kind == "itself":
+        out = source
+    elif kind == "symbolic link":
+        out.symlink_to(source)
+    else:
+        os.link(source, out)
+    monkeypatch.setattr("kadr.checkpoints.gguf.convert.write_gguf", None)
+    for force in ([], ["--force"]):
+        result = kadr("quantize", source, out, "--type", "Q8_0", *force)
+        assert (result.code, result.out, len(result.err.splitlines())) == (1, "", 1)
+        assert f"{out} is {'the input' if out == source else f'a link to the input {source}'}" in result.err
+    assert source.read_bytes() == content
+
+
 def test_cancelling_leaves_no_file(
     kadr: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

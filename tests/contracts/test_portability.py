@@ -48,7 +48,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
         {"checkpoints/save.py"},
     ),
     ".rmdir": ("OSError is suppressed", {"pipeline/longvideo/folder_lock.py"}),
-    ".samefile": ("only of files that exist; knows that names differ in case alone", {"request/request.py"}),
+    ".samefile": ("only of files that exist; knows that names differ in case alone", {"validation.py"}),
     ".unlink": (
         "of files that kadr has closed and copied from; of leftovers, OSError is suppressed",
         {

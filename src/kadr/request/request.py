@@ -17,7 +17,7 @@ from kadr.sampling.step_cache import StepCache
 from kadr.schema import REQUEST
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
 from kadr.spec.lora import LoraStrength, parse_lora_strengths
-from kadr.validation import check_bool, check_fields, check_path, check_range, is_whole_number
+from kadr.validation import check_bool, check_fields, check_path, check_range, is_same_file, is_whole_number
 
 MAX_FPS = 240
 MAX_SEED_BITS = 1024  # a video stores its seed in digits, and Python reads only so many of them
@@ -274,7 +274,7 @@ def refuse_overwriting(request: Request, output: Path) -> None:
         RequestError: it is one.
     """
     for path in request.media_paths():
-        if path.exists() and output.exists() and path.samefile(output):
+        if is_same_file(path, output):
             raise RequestError(
                 f"{output} is an input of the video: it would be overwritten, and the video could not be made again. "
                 "Name another --output."

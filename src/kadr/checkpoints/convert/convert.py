@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kadr.atomic_write import atomic_folder, write_json
 from kadr.cancellation import cancellable, check_cancelled
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.convert.diffusers_configs import check_expressible, config_files
@@ -32,8 +31,10 @@ from kadr.checkpoints.keys import (
 )
 from kadr.checkpoints.load import account
 from kadr.checkpoints.save import (
+    atomic_folder,
     check_disk_space,
     single_file_config,
+    write_json,
     write_tensors,
 )
 from kadr.checkpoints.source import WEIGHT_STEMS, Source
@@ -42,6 +43,7 @@ from kadr.memory.mapped_files import release_pages
 from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
+from kadr.validation import refuse_overwriting_source
 
 CONVERT_DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -103,6 +105,8 @@ def convert_checkpoint(
     """
     path = Path(os.path.abspath(path))
     is_folder = path.suffix.lower() != _SINGLE_FILE_SUFFIX
+    files = [info.file for source in checkpoint.sources.values() for info in source.infos.values()]
+    refuse_overwriting_source(path, files)
     _refuse_target(path, checkpoint.path, is_folder=is_folder, replace=replace)
     for source in checkpoint.sources.values():
         _refuse_quantized(source)

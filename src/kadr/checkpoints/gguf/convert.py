@@ -32,6 +32,7 @@ from kadr.quant.mixes import Mix, assign_types
 from kadr.schema import GGUF
 from kadr.text.sentencepiece_model import SentencePieceModel, parse_sentencepiece
 from kadr.text.tokenizer import find_tokenizer_file
+from kadr.validation import refuse_overwriting_source
 
 QUANTIZATION_VERSION = 2  # llama.cpp's version of the block layouts
 GGUF_T5_MAX_DISTANCE = 128  # T5's relative_attention_max_distance, for which the format has no field
@@ -132,6 +133,7 @@ def _convert(
     Args:
         source_keys: key in the GGUF file -> key in the source.
     """
+    refuse_overwriting_source(path, (info.file for info in source.infos.values()))
     _refuse_quantized(source)
     infos = {name: source.infos[source_key] for name, source_key in source_keys.items()}
     rules = mix.text_encoder if architecture == T5_ENCODER_ARCHITECTURE else mix.transformer
