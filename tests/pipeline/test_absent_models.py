@@ -12,6 +12,7 @@ import pytest
 from kadr import Control, Engine, Request, Size
 from kadr.media.writer import VideoWriter
 from kadr.models.registry import MODEL_RELEASES
+from kadr.pipeline.stages.control_networks import NETWORK_FILE_BYTES, NETWORK_FILES
 from kadr.planning import planner
 
 REQUEST = Request(prompt="a red circle moving right")
@@ -74,4 +75,9 @@ def test_plan_names_the_networks_that_a_control_would_fetch(tmp_path: Path) -> N
     control = Control(tmp_path / "clip.mp4", kind="pose")
     plan = engine.plan(Request(prompt="a red circle", size=Size(64, 64), frames=9, controls=(control,)))
     assert [name for name, _ in plan.to_fetch] == ["yzd-v/DWPose/yolox_l.onnx", "yzd-v/DWPose/dw-ll_ucoco_384.onnx"]
-    assert "yolox_l.onnx (of unknown size)" in plan.reasons()[0]
+    assert plan.bytes_to_fetch == pytest.approx(351_000_000)
+    assert plan.reasons()[0].startswith("fetch: 351 MB are not on disk: yzd-v/DWPose/yolox_l.onnx, ")
+
+
+def test_every_network_file_has_a_size() -> None:
+    assert {file for _, files in NETWORK_FILES.values() for file in files} == NETWORK_FILE_BYTES.keys()

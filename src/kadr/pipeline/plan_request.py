@@ -60,7 +60,7 @@ def plan_request(
         release=spec.release.name if spec.release else None,
         to_fetch=(
             *((item.name, item.bytes_to_fetch) for item in components if item.path is None),
-            *((name, None) for name in networks_to_fetch(resolved.controls)),
+            *networks_to_fetch(resolved.controls),
         ),
         notes=()
         if has_tokenizer

@@ -21,14 +21,18 @@ NETWORK_FILES = {  # repository and files on the hub
     DEPTH: ("onnx-community/depth-anything-v2-small", ("onnx/model.onnx",)),
     POSE: ("yzd-v/DWPose", ("yolox_l.onnx", "dw-ll_ucoco_384.onnx")),
 }
+NETWORK_FILE_BYTES = {"onnx/model.onnx": 99_000_000, "yolox_l.onnx": 217_000_000, "dw-ll_ucoco_384.onnx": 134_000_000}
 
 MapRenderer = Callable[[int, np.ndarray], np.ndarray]  # frame index and frame -> its control map, uint8 (H, W, 3)
 
 
-def networks_to_fetch(controls: Sequence[ResolvedControl]) -> list[str]:
-    """Returns the files of the networks that the controls' kinds need and that are not on disk, as repository/file."""
+def networks_to_fetch(controls: Sequence[ResolvedControl]) -> list[tuple[str, int]]:
+    """Returns the files that the networks of the controls' kinds need and that are not on disk.
+
+    Each as repository/file and its bytes.
+    """
     return [
-        f"{repository}/{file}"
+        (f"{repository}/{file}", NETWORK_FILE_BYTES[file])
         for kind in sorted({control.control.kind for control in controls} & NETWORK_FILES.keys())
         for repository, file in ((NETWORK_FILES[kind][0], file) for file in NETWORK_FILES[kind][1])
         if hub.cached_file(repository, file) is None
