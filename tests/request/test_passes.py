@@ -320,7 +320,7 @@ def test_box_too_small_for_first_pass_is_refused_with_one_that_works(
 def test_size_too_small_for_two_passes_is_refused(opened: Opened, size: Size, no_weights: None, tmp_path: Path) -> None:
     request = replace(REQUEST, size=size)
     small = "0x32" if size.width == 32 else "32x0"
-    expected_texts = (f"{size} is too small for two passes", small, "or for a single pass")
+    expected_texts = (f"{size} is too small for two passes", small, "or for a single pass (--single-pass)")
     assert_refused(lambda: opened("spatial").generate(request), RequestError, *expected_texts)
     assert_refused(lambda: opened("both").write(request, tmp_path / "a.mp4"), RequestError, *expected_texts)
     assert list(tmp_path.iterdir()) == []

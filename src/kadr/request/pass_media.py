@@ -243,7 +243,7 @@ def pass_control(
 def _suggest_divisible_size(resolved_pass: ResolvedPass, sampled_size: Size, unit: int) -> str:
     """Suggests in words a size whose sides are multiples of `unit`."""
     if resolved_pass.number > 1 or resolved_pass.size != sampled_size:
-        return "Ask for another size, or for a single pass."
+        return "Ask for another size, or for a single pass (--single-pass)."
     width, height = (-(-side // unit) * unit for side in (resolved_pass.size.width, resolved_pass.size.height))
     return f"Ask for {Size(width, height)}."
 

@@ -250,7 +250,7 @@ def _two_pass_sizes(requested_size: Size, downscale_factor: float) -> tuple[Size
     if min(width, height) < SPATIAL_COMPRESSION:
         raise RequestError(
             f"{requested_size} is too small for two passes: the first would be sampled at {width}x{height}. "
-            "Ask for a larger size, or for a single pass."
+            "Ask for a larger size, or for a single pass (--single-pass)."
         )
     return Size(width, height), Size(2 * width, 2 * height)
 

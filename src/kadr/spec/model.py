@@ -124,8 +124,8 @@ class ModelSpec:
         component = self.default_upscaler
         if component is None:
             raise CheckpointError(
-                "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or use a "
-                "single pass."
+                "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or ask "
+                "for a single pass (--single-pass)."
             )
         return order_upscalers([open_checkpoint(component)], self.checkpoint)
 
