@@ -110,7 +110,7 @@ def test_registry_name_on_disk_is_inspected(kadr: Run) -> None:
     result = kadr("inspect", "demo-ic-lora-canny")
     assert result.code == 0, result.err
     assert "in-context LoRA: its control has the size of the video" in result.out
-    assert "kadr models" in kadr("inspect", "demo-lora-tael").err
+    assert "Did you mean demo-lora-teal" in kadr("inspect", "demo-lora-tael").err
 
 
 def test_upscaler_is_described_without_missing_components(kadr: Run, tmp_path: Path) -> None:

@@ -31,13 +31,13 @@ VERBS = {
     "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json --calibrate
         {_MODEL} {_REST}""",
     "rerun": "FILE --output --seed --model --release --device --resume --json",
-    "inspect": "PATH --release --json",
+    "inspect": "NAME|PATH --release --models-dir --json",
     "train-lora": """DIR --model --release --output --size --frames --rank --target-modules --steps --batch-size
         --learning-rate --sigma-sampling --first-frame-conditioning-p --caption-dropout-p --references
         --validation-prompt --validate-every --save-every --skip-broken --quant --device --dtype --seed
-        --text-encoder --vae --json""",
-    "quantize": "IN OUT --type --release --force",
-    "convert": "IN OUT --dtype --force",
+        --text-encoder --vae --models-dir --json""",
+    "quantize": "IN OUT --type --release --models-dir --force",
+    "convert": "IN OUT --dtype --models-dir --force",
     "bench": """--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder
         --json""",
     "models": "--models-dir --json",

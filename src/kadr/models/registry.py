@@ -422,11 +422,16 @@ def find_release(name: str) -> Release:
     Raises:
         RequestError: there is none; the message suggests similar names.
     """
-    if (release := RELEASES_BY_NAME.get(name)) is not None:
-        return release
+    if (release := RELEASES_BY_NAME.get(name)) is None:
+        raise no_such_release_error(name)
+    return release
+
+
+def no_such_release_error(name: str) -> RequestError:
+    """Returns the error for a name that no release has, with similar ones."""
     similar = similar_names(name)
     advice = f"Did you mean {', '.join(similar)}?" if similar else f"Known are {', '.join(RELEASES_BY_NAME)}."
-    raise RequestError(f"there is no model named {quote(name)}. {advice} To open a file, pass its path.")
+    return RequestError(f"there is no model named {quote(name)}. {advice} To open a file, pass its path.")
 
 
 def find_model_release(name: str) -> Release:

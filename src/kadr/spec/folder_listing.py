@@ -30,10 +30,14 @@ class ListedModel:
 
 def list_models(folders: ModelFolders) -> Iterator[ListedModel]:
     """Yields every model in the folders. Reads headers; no weight, and nothing of what a name does not lead to."""
-    for entry in folders.list_entries():
-        size_bytes = entry.path.lstat().st_size if entry.problem else _size_bytes(entry.path)
-        dtype, problem = (None, entry.problem) if entry.problem else _read_dtype(entry)
-        yield ListedModel(replace(entry, problem=problem), size_bytes, dtype)
+    yield from map(describe_entry, folders.list_entries())
+
+
+def describe_entry(entry: FolderEntry) -> ListedModel:
+    """Describes one model in a folder; a broken file too."""
+    size_bytes = entry.path.lstat().st_size if entry.problem else _size_bytes(entry.path)
+    dtype, problem = (None, entry.problem) if entry.problem else _read_dtype(entry)
+    return ListedModel(replace(entry, problem=problem), size_bytes, dtype)
 
 
 def _read_dtype(entry: FolderEntry) -> tuple[str | None, str | None]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, KadrWarning, RequestError
@@ -92,6 +93,13 @@ class ModelComponent:
         return None if self.release is None else self.release.size_bytes
 
 
+class ModelFile(NamedTuple):
+    """The path of a file or folder, or the release that a name means."""
+
+    path: Path | None = None
+    release: Release | None = None
+
+
 def locate(name_or_path: str | Path, role: str, folders: ModelFolders = NO_FOLDERS) -> ModelComponent:
     """Finds a component by name or path; a released one need not be on disk.
 
@@ -106,23 +114,75 @@ def locate(name_or_path: str | Path, role: str, folders: ModelFolders = NO_FOLDE
         RequestError: an unknown name, or the name of another kind of release.
         CheckpointError: a path that does not exist, or a name that leads out of the folders.
     """
-    check_path(f"the {role}", name_or_path)
+    path, release = look_up(name_or_path, (role,), folders, label=f"the {role}")
     name = str(name_or_path)
-    is_present = os.path.exists(expand_home(name_or_path))
-    is_named = name in registry.RELEASES_BY_NAME and not is_present  # a name may come as a `Path`
-    if not is_present and (found := locate_in_folders(name, role, folders)) is not None:
-        if not is_named:
-            return found
+    if release is not None:
+        if release.kind not in _KINDS[role]:
+            raise _wrong_kind_error(release, role)
+        return ModelComponent(role, name, find_release_on_disk(release), release)
+    if path is not None:
+        return ModelComponent(role, name, path)
+    if role in (MODEL, SECOND_MODEL, UPSCALER_ROLE) and not is_path(name_or_path):
+        raise unknown_name_error(name, role, folders)
+    raise _absent_error(name_or_path, role, folders)
+
+
+def locate_file(name_or_path: str, folders: ModelFolders = NO_FOLDERS) -> ModelFile:
+    """Finds a file by path or name as `locate` does, whatever its role.
+
+    Where folders of several roles have the name, a model comes first, and a warning names the others.
+
+    Raises:
+        RequestError, CheckpointError: as `locate`.
+    """
+    found = look_up(name_or_path, tuple(KINDS_BY_ROLE), folders, label="the path")
+    if found == ModelFile():
+        if is_path(name_or_path):
+            raise _absent_error(name_or_path, "file", folders)
+        raise unknown_name_error(name_or_path, "model", folders)
+    return found
+
+
+def look_up(name_or_path: str | Path, roles: Sequence[str], folders: ModelFolders, *, label: str) -> ModelFile:
+    """Returns the existing path, or what `look_up_name` returns.
+
+    Args:
+        label: noun for the component, in errors.
+
+    Raises:
+        RequestError, CheckpointError: as `look_up_name`; or no file can have this path.
+    """
+    check_path(label, name_or_path)
+    path = expand_home(name_or_path)
+    if os.path.exists(path):
+        return ModelFile(path)
+    return look_up_name(str(name_or_path), folders, roles)
+
+
+def look_up_name(name: str, folders: ModelFolders, roles: Sequence[str] = tuple(KINDS_BY_ROLE)) -> ModelFile:
+    """Returns the release of this name, else the file in the folders of models; both None where there is neither.
+
+    Raises:
+        RequestError: the name fits several files of a folder.
+        CheckpointError: it leads out of the folders.
+    """
+    found = _find_in_folders(name, roles, folders)
+    release = registry.RELEASES_BY_NAME.get(name)
+    if release is None:
+        return ModelFile(found)
+    if found is not None:
         _warn_of_clash(name, found)
-    must_be_named = role in (MODEL, SECOND_MODEL, UPSCALER_ROLE) and not is_path(name_or_path)
-    if not is_named and not must_be_named:
-        return ModelComponent(role, name, _require_existing(name_or_path, role, folders))
-    if not is_named and folders:
-        raise _not_found_error(name, role, folders)
-    release = registry.find_release(name)
-    if release.kind not in _KINDS[role]:
-        raise _wrong_kind_error(release, role)
-    return ModelComponent(role, name, find_release_on_disk(release), release)
+    return ModelFile(release=release)
+
+
+def _find_in_folders(name: str, roles: Sequence[str], folders: ModelFolders) -> Path | None:
+    """Returns the file of this name of the first role that has it; warns of those of the others."""
+    components = [locate_in_folders(name, role, folders) for role in roles]
+    paths = list(dict.fromkeys(component.path for component in components if component is not None))
+    if len(paths) > 1:
+        others = " and ".join(map(str, paths[1:]))
+        warnings.warn(f"{name} is {paths[0]} here; for {others} pass that path.", KadrWarning, stacklevel=4)
+    return paths[0] if paths else None
 
 
 def locate_in_folders(name: str, role: str, folders: ModelFolders) -> ModelComponent | None:
@@ -139,19 +199,28 @@ def locate_in_folders(name: str, role: str, folders: ModelFolders) -> ModelCompo
     return None if path is None else ModelComponent(role, name, path)
 
 
-def _warn_of_clash(name: str, found: ModelComponent) -> None:
-    path = found.path
-    assert path is not None
+def _warn_of_clash(name: str, path: Path) -> None:
     remedy = "Rename it" if path.is_dir() else f"To open the file, write {path.name}"
     warnings.warn(f"{name} is a release, which is used, and also {path}. {remedy}.", KadrWarning, stacklevel=4)
 
 
-def _not_found_error(name: str, role: str, folders: ModelFolders) -> RequestError:
+def unknown_name_error(name: str, noun: str, folders: ModelFolders = NO_FOLDERS) -> RequestError:
+    """Returns the error for a name that neither a release nor the folders have, with similar names of releases."""
+    if not folders:
+        return registry.no_such_release_error(name)
     similar = registry.similar_names(name)
     hint = f" Did you mean {', '.join(similar)}?" if similar else ""
     return RequestError(
-        f"there is no {role} named {quote(name)}, neither a release nor in the folders of models "
+        f"there is no {noun} named {quote(name)}, neither a release nor in the folders of models "
         f"({folders.describe()}).{hint} `kadr models` lists both; to open a file, pass its path."
+    )
+
+
+def _absent_error(path: str | Path, noun: str, folders: ModelFolders) -> CheckpointError:
+    searched = f" The folders of models do not have it either: {folders.describe()}." if folders else ""
+    return CheckpointError(
+        f"the {noun} {expand_home(path)} does not exist. Give an existing path, or a name that `kadr models` lists."
+        f"{searched}"
     )
 
 
@@ -243,7 +312,10 @@ def fetch_release(release: Release) -> Path:
         CheckpointError: it cannot be fetched.
     """
     if release.repo is None:
-        return _require_existing(PACKAGE_ROOT / release.file, "bundled file")
+        path = PACKAGE_ROOT / release.file
+        if not path.exists():
+            raise _absent_error(path, "bundled file", NO_FOLDERS)
+        return path
     if _is_pattern(release):
         return hub.fetch_folder(release.repo, release.file_patterns)
     return hub.fetch(release.repo, release.file)
@@ -273,13 +345,3 @@ def is_path(name_or_path: str | Path) -> bool:
 
 def _is_pattern(release: Release) -> bool:
     return "*" in release.file
-
-
-def _require_existing(path: str | Path, label: str, folders: ModelFolders = NO_FOLDERS) -> Path:
-    path = expand_home(path)
-    if not os.path.exists(path):
-        searched = f" The folders of models do not have it either: {folders.describe()}." if folders else ""
-        raise CheckpointError(
-            f"the {label} {path} does not exist. Give an existing path, or a name that `kadr models` lists.{searched}"
-        )
-    return path

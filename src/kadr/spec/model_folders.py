@@ -130,6 +130,10 @@ class ModelFolders:
                 return present[0]
         return None
 
+    def kind_of(self, path: Path) -> str:
+        """Returns the kind of the folder that has a path which `find` returned."""
+        return next(folder.kind for folder in self.folders if path.is_relative_to(folder.path))
+
     def describe(self) -> str:
         """Names the folders, for an error: those that were searched, and those that are missing."""
         searched = ", ".join(dict.fromkeys(str(folder.path.parent) for folder in self.folders))

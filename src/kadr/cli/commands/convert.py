@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kadr.cli.commands.quantize import Force
+from kadr.cli.flags import options
 from kadr.cli.flags.parse import check_one_of
 from kadr.cli.input_path import find_input
 from kadr.cli.terminal.errors import print_stderr
@@ -45,14 +46,20 @@ Dtype = Annotated[
 ]
 
 
-def convert(source: Input, output: Output, dtype: Dtype = None, force: Force = False) -> None:
+def convert(
+    source: Input,
+    output: Output,
+    dtype: Dtype = None,
+    models_dir: options.ModelsDir = None,
+    force: Force = False,
+) -> None:
     """Convert between the official single file and a diffusers folder.
 
     Prints the path of what it wrote. All of it is written, or nothing.
     """
     if dtype is not None:
         check_one_of("--dtype", dtype, CONVERT_DTYPE_NAMES)
-    path, release = find_input(source, _refuse_release)
+    path, release = find_input(source, _refuse_release, models_dirs=models_dir or ())
     from kadr.checkpoints.checkpoint import Checkpoint  # loads torch
     from kadr.checkpoints.convert.convert import CONVERT_DTYPES, convert_checkpoint
     from kadr.checkpoints.text_encoder import is_text_encoder

@@ -28,20 +28,27 @@ REMEDIES = {
     TEXT_ENCODER: "fetched from the hub, or give a file or a folder as --text-encoder",
 }
 Target = Annotated[
-    Path,
+    str,
     typer.Argument(
-        metavar="PATH", help="A .safetensors, a .gguf, a folder, or an .mp4 that kadr made.", show_default=False
+        metavar="NAME|PATH",
+        help="A .safetensors, a .gguf, a folder, or an .mp4 that kadr made; or a name of `kadr models`.",
+        show_default=False,
     ),
 ]
 
 
-def inspect(path: Target, release: options.Release = None, as_json: options.Json = False) -> None:
+def inspect(
+    target: Target,
+    release: options.Release = None,
+    models_dir: options.ModelsDir = None,
+    as_json: options.Json = False,
+) -> None:
     """Describe a file.
 
     For a checkpoint: version, components and missing components, from the header alone. For a LoRA: the layers it
     adapts, and the model it fits. For a video: its request, and its schema number.
     """
-    path = _find_by_name(expand_home(path))
+    path = _find(target, models_dir or ())
     if path.suffix.lower() in VIDEO_SUFFIXES:
         description, lines = _video(path)
     else:
@@ -52,17 +59,23 @@ def inspect(path: Target, release: options.Release = None, as_json: options.Json
         print_lines(lines)
 
 
-def _find_by_name(path: Path) -> Path:
-    """Resolves a registry name to its file on disk; returns anything else as it is."""
-    from kadr.models.registry import RELEASES_BY_NAME
-    from kadr.spec.locate import find_release_on_disk
+def _find(name_or_path: str, models_dirs: Sequence[str]) -> Path:
+    """Returns the path of a file by its path or name.
 
-    file = (
-        None
-        if path.exists() or str(path) not in RELEASES_BY_NAME
-        else find_release_on_disk(RELEASES_BY_NAME[str(path)])
-    )
-    return path if file is None else file
+    Raises:
+        RequestError, CheckpointError: as `locate_file`; or a release is not on disk.
+    """
+    from kadr.spec.locate import find_release_on_disk, locate_file
+    from kadr.spec.model_folders import ModelFolders
+
+    if (video := expand_home(name_or_path)).suffix.lower() in VIDEO_SUFFIXES:
+        return video
+    path, release = locate_file(name_or_path, ModelFolders.open(models_dirs))
+    if release is not None:
+        path = find_release_on_disk(release)
+    if path is None:
+        raise CheckpointError(f"{name_or_path} is not on disk. `kadr models pull {name_or_path}` fetches it.")
+    return path
 
 
 def _video(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
@@ -90,8 +103,6 @@ def _weights(path: Path, release: str | None) -> tuple[dict[str, Any], Iterator[
     from kadr.checkpoints.lora.file import is_lora
     from kadr.checkpoints.text_encoder import is_text_encoder
 
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
     if is_text_encoder(path):
         return _text_encoder(path)
     return _lora(path) if is_lora(path) else _checkpoint(path, release)

@@ -1,34 +1,45 @@
-"""`kadr models info`: tells what is known of a released model."""
+"""`kadr models info`: tells what is known of a model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from kadr.cli.commands.verify import Name, bytes_on_disk
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import print_stdout
+from kadr.cli.terminal.output import print_lines
+from kadr.cli.terminal.recipe import recipe_lines, recipe_to_json, word_lines, words_to_json
 from kadr.cli.terminal.table import format_columns, format_si
-from kadr.models.registry import Recipe, Release, find_release, required_releases
-from kadr.sampling.settings import Pass
-from kadr.spec.locate import find_release_on_disk
-
-_TOO_MANY_WORDS = "any, as of a text encoder that was trained with the whole language"
+from kadr.models.registry import Release, required_releases
+from kadr.spec.locate import find_release_on_disk, look_up_name, unknown_name_error
+from kadr.spec.model_folders import FolderEntry, ModelFolders
 
 
-def info(name: Name, as_json: options.Json = False) -> None:
-    """Tell what is known of a released model.
+def info(name: Name, models_dir: options.ModelsDir = None, as_json: options.Json = False) -> None:
+    """Tell what is known of a model.
 
-    Prints its description, licence, files and recipe, and for a model of few words all of them.
+    Prints the description, licence, files and recipe of a released one, and for a model of few words all of them; of a
+    file in a folder of models its place, size and dtype, and the recipe of the release that it is.
     """
-    release = find_release(name)
-    print_stdout(json.dumps(_to_json(release)) if as_json else "\n".join(_lines(release)))
+    folders = ModelFolders.open(models_dir or ())
+    path, release = look_up_name(name, folders)
+    if release is not None:
+        print_stdout(json.dumps(_to_json(release)) if as_json else "\n".join(_lines(release)))
+    elif path is not None:
+        from kadr.cli.commands.folder_model_info import FolderModel  # loads torch
+
+        model = FolderModel.open(FolderEntry(folders.kind_of(path), name, path))
+        if as_json:
+            print_stdout(json.dumps(model.to_json()))
+        else:
+            print_lines(model.lines())
+    else:
+        raise unknown_name_error(name, "model", folders)
 
 
 def _to_json(release: Release) -> dict[str, Any]:
-    is_model = release.kind == "model"
     return {
         "name": release.name,
         "kind": release.kind,
@@ -37,8 +48,8 @@ def _to_json(release: Release) -> dict[str, Any]:
         "licence": release.licence,
         "repo": release.repo,
         "files": [_file(component) for component in required_releases(release)],
-        "recipe": json.loads(json.dumps(asdict(release.recipe))) if is_model else None,
-        "words": {kind: list(words) for kind, words in release.words.items()} or None,
+        "recipe": recipe_to_json(release.recipe) if release.kind == "model" else None,
+        "words": words_to_json(release),
     }
 
 
@@ -66,41 +77,6 @@ def _lines(release: Release) -> Iterator[str]:
     yield from format_columns(rows)
     if release.kind == "model":
         yield ""
-        yield from _recipe_lines(release.recipe)
+        yield from recipe_lines(release.recipe)
         yield ""
-        yield from _word_lines(release)
-
-
-def _recipe_lines(recipe: Recipe) -> Iterator[str]:
-    yield f"recipe: {recipe.size}, {recipe.frames} frames at {recipe.fps:g} per second"
-    only_pass = recipe.first_pass if recipe.single_pass is None else recipe.single_pass
-    if not recipe.multi_scale:
-        yield f"  single pass: {_describe_pass(only_pass)}"
-    if recipe.second_pass is not None:
-        default = "" if recipe.multi_scale else ", with --multi-scale"
-        yield f"  first pass{default}: {_describe_pass(recipe.first_pass)}"
-        yield f"  second pass: {_describe_pass(recipe.second_pass)}"
-    if recipe.multi_scale:
-        yield f"  with --single-pass: {_describe_pass(only_pass)}"
-    yield f"  negative prompt: {recipe.negative_prompt or 'none'}"
-
-
-def _describe_pass(settings: Pass) -> str:
-    steps = f"{settings.steps} steps" if settings.sigmas is None else f"{len(settings.sigmas)} steps at given sigmas"
-    counts = ((settings.skip_initial, "first"), (settings.skip_final, "last"))
-    skipped = [f"{count} {where}" for count, where in counts if count]
-    parts = [steps + (f" less the {' and the '.join(skipped)}" if skipped else "")]
-    scales = (("guidance", settings.guidance.cfg_scale, 1.0), ("STG", settings.guidance.stg_scale, 0.0))
-    for name, scale, off in scales:
-        if scale is not None and scale != off:
-            values = scale if isinstance(scale, tuple) else (scale,)
-            parts.append(f"{name} {', '.join(f'{value:g}' for value in values)}")
-    return "; ".join([*parts, *([f"sampler {settings.sampler}"] if settings.sampler else [])])
-
-
-def _word_lines(release: Release) -> Iterator[str]:
-    if not release.words:
-        yield f"words: {_TOO_MANY_WORDS}"
-        return
-    yield "words, all that it was trained with:"
-    yield from format_columns([(f"  {kind}", ", ".join(words)) for kind, words in release.words.items()])
+        yield from word_lines(release)

@@ -36,6 +36,8 @@ def models(context: typer.Context, models_dir: options.ModelsDir = None, as_json
     """
     if context.invoked_subcommand is None:
         list_models(models_dir, as_json)
+    elif models_dir or as_json:
+        raise typer.BadParameter(f"give it after {context.invoked_subcommand}.", param_hint="--models-dir or --json")
 
 
 def list_models(models_dir: options.ModelsDir = None, as_json: options.Json = False) -> None:

@@ -22,7 +22,7 @@ from kadr.errors import RequestError
 from kadr.models.registry import DEFAULT_TEXT_ENCODER, MODEL_RELEASES, Release
 from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
 from kadr.spec.locate import MODEL, PACKAGE_ROOT, ModelComponent, find_release_on_disk
-from kadr.validation import expand_home
+from kadr.validation import expand_home, refuse_overwriting_source
 
 if TYPE_CHECKING:
     from kadr.checkpoints.gguf.convert import ConversionResult
@@ -50,7 +50,14 @@ Type = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
 
 
-def quantize(source: Input, output: Output, type: Type, release: options.Release = None, force: Force = False) -> None:
+def quantize(
+    source: Input,
+    output: Output,
+    type: Type,
+    release: options.Release = None,
+    models_dir: options.ModelsDir = None,
+    force: Force = False,
+) -> None:
     """Quantize a transformer or a text encoder.
 
     Prints the path of the GGUF file, and on stderr a command that uses it. The file remembers where its VAE and its
@@ -60,9 +67,10 @@ def quantize(source: Input, output: Output, type: Type, release: options.Release
     if output.suffix.lower() != SUFFIX:
         raise typer.BadParameter(f"{output} must end in {SUFFIX}.", param_hint="OUT")
     output = expand_home(output)
+    refuse_overwriting_source(output, [expand_home(source)])
     if output.exists() and not force:
         raise RequestError(f"{output} exists already. Pass --force to replace it, or write to another path.")
-    path, known_release = find_input(source, _refuse_release, release)
+    path, known_release = find_input(source, _refuse_release, stated_release=release, models_dirs=models_dir or ())
     with show_progress() as watch:
         result, notes = _write_quantized(path, known_release, output, find_mix(type), report_tensors("quantize", watch))
     types = ", ".join(f"{name} ({count})" for name, count in result.type_counts.items())

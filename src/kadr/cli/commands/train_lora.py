@@ -101,6 +101,7 @@ def train_lora(
     seed: Seed = 0,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
+    models_dir: options.ModelsDir = None,
     json: options.Json = False,
 ) -> None:
     """Train a LoRA on your own clips.
@@ -112,9 +113,13 @@ def train_lora(
     for name, value in (("--validate-every", validate_every), ("--save-every", save_every)):
         if value < 1:
             raise typer.BadParameter(f"{value} is below 1.", param_hint=name)
-    engine_options: dict[str, Any] = {"release": release, "text_encoder": text_encoder, "vae": vae} | (
-        {} if quant == "none" else {"quant": quant}
-    )
+    engine_options: dict[str, Any] = {
+        "release": release,
+        "text_encoder": text_encoder,
+        "vae": vae,
+        "models_dirs": models_dir or (),
+        **({} if quant == "none" else {"quant": quant}),
+    }
     engine = run.open_engine(model or "demo", device=device, dtype=dtype, **engine_options)
     settings = {
         "rank": rank,
