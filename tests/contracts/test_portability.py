@@ -36,7 +36,8 @@ PORTABLE = {
     *("platform.machine", "platform.python_version"),
 }
 PATH_METHODS = ("rename", "symlink_to", "hardlink_to", "readlink", "chmod", "unlink", "rmdir", "samefile", "madvise")
-PATH_METHODS += ("is_mount", "owner", "group", "as_uri", "is_fifo", "is_socket")
+PATH_METHODS += ("is_mount", "as_uri", "is_fifo", "is_socket")
+CALLED_PATH_METHODS = ("owner", "group")  # jobs have an owner too: only calls of these are a path's
 LOCKS = ("FileLock", "WeakFileLock", "NamedTemporaryFile")
 SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
 
@@ -45,16 +46,18 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     ".madvise": ("only if mmap names the advice, which it does not on Windows", {"memory/mapped_files.py"}),
     ".rename": (
         "of a folder: an older one steps aside first, as no system replaces one that is not empty",
-        {"checkpoints/save.py"},
+        {"atomic_write.py"},
     ),
     ".rmdir": ("OSError is suppressed", {"pipeline/longvideo/folder_lock.py"}),
     ".samefile": ("only of files that exist; knows that names differ in case alone", {"validation.py"}),
     ".unlink": (
         "of files that kadr has closed and copied from; of leftovers, OSError is suppressed",
         {
+            "atomic_write.py",
             "checkpoints/hub.py",
-            "checkpoints/save.py",
             "cli/reservation.py",
+            "jobs/database.py",
+            "jobs/store.py",
             "media/writer.py",
             "pipeline/longvideo/folder_lock.py",
             "pipeline/longvideo/window_folder.py",
@@ -63,7 +66,10 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     ),
     "/proc": ("OSError means unknown", {"bench/peak_memory.py", "memory/cpu.py", "memory/device.py"}),
     "/sys": ("OSError means no limit", {"memory/device.py"}),
-    "FileLock": ("filelock has a lock of each system", {"cli/reservation.py", "pipeline/longvideo/folder_lock.py"}),
+    "FileLock": (
+        "filelock has a lock of each system",
+        {"cli/reservation.py", "jobs/table.py", "pipeline/longvideo/folder_lock.py"},
+    ),
     "WeakFileLock": ("huggingface_hub's, by filelock", {"checkpoints/hub.py"}),
     "ctypes.CDLL": (
         "only on Linux, and only functions that it has",
@@ -73,33 +79,43 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "mmap.MAP_PRIVATE": ("not on Windows", {"memory/mapped_files.py"}),
     "mmap.PROT_READ": ("not on Windows", {"memory/mapped_files.py"}),
     "mmap.PROT_WRITE": ("not on Windows", {"memory/mapped_files.py"}),
-    "open without an encoding": ("of bytes", {"regular_file.py"}),
+    "multiprocessing.get_context": ("spawn, which every system has", {"jobs/worker.py"}),
+    "open without an encoding": ("of bytes", {"jobs/folders.py", "regular_file.py"}),
+    "os.O_RDONLY": ("of a folder, not on Windows", {"atomic_write.py"}),
     "os.O_RDWR": ("exists everywhere", {"cli/terminal/closed_streams.py"}),
     "os.O_WRONLY": ("exists everywhere", {"cli/terminal/errors.py"}),
     "os.POSIX_FADV_DONTNEED": ("only if os has posix_fadvise", {"planning/calibration/rates.py"}),
     "os.W_OK": ("see os.access", {"cli/output_path.py", "media/writer.py", "training/lora_training.py"}),
     "os.X_OK": ("see os.access", {"cli/output_path.py", "media/writer.py"}),
-    "os._exit": ("exists everywhere", {"cli/terminal/signals.py"}),
+    "os._exit": ("exists everywhere", {"cli/terminal/signals.py", "jobs/worker.py"}),
     "os.access": (
         "refuses early; Windows may say yes, and writing then fails",
         {"cli/output_path.py", "media/writer.py", "training/lora_training.py"},
     ),
+    "os.close": ("of a folder, not on Windows", {"atomic_write.py"}),
     "os.cpu_count": ("may be None, which is stored as it is", {"planning/calibration/storage.py"}),
     "os.devnull": ("names each system's own", {"cli/terminal/closed_streams.py", "cli/terminal/errors.py"}),
     "os.dup2": ("exists everywhere; OSError and ValueError are suppressed", {"cli/terminal/errors.py"}),
     "os.fdopen": ("exists everywhere", {"cli/terminal/closed_streams.py"}),
     "os.fsencode": (
         "exists everywhere; on Windows UTF-8",
-        {"checkpoints/save.py", "cli/terminal/output.py", "validation.py"},
+        {"atomic_write.py", "cli/terminal/output.py", "validation.py"},
     ),
     "os.fstat": ("inode and time only tell files apart; both exist on NTFS", {"memory/mapped_files.py"}),
     "os.fsync": (
-        "of files open for writing, never of folders; of one open for reading only if os has posix_fadvise",
-        {"checkpoints/save.py", "planning/calibration/rates.py"},
+        "of files open for writing; of folders not on Windows; of one open for reading only if os has posix_fadvise",
+        {"atomic_write.py", "jobs/folders.py", "planning/calibration/rates.py"},
     ),
     "os.getloadavg": ("only if os has it, which it has not on Windows", {"bench/machine.py"}),
-    "os.name": ("tells whether open files can be removed", {"file_names.py"}),
-    "os.open": ("of os.devnull", {"cli/terminal/closed_streams.py", "cli/terminal/errors.py"}),
+    "os.lstat": ("only for the size of a file", {"jobs/folders.py"}),
+    "os.name": (
+        "tells whether open files can be removed, and folders be opened",
+        {"atomic_write.py", "file_names.py"},
+    ),
+    "os.open": (
+        "of os.devnull; of a folder not on Windows",
+        {"atomic_write.py", "cli/terminal/closed_streams.py", "cli/terminal/errors.py"},
+    ),
     "os.pathsep": ("names each system's own", {"spec/model_dirs.py"}),
     "os.posix_fadvise": ("only if os has it", {"planning/calibration/rates.py"}),
     "os.readlink": (
@@ -109,12 +125,13 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "os.replace": ("tries again on Windows while another program has a file open", {"file_names.py"}),
     "os.stat": ("only for the kind of a file", {"regular_file.py"}),
     "os.utime": ("OSError is suppressed", {"pipeline/prompt_cache.py"}),
-    "os.walk": ("follows no links", {"spec/model_folders.py"}),
+    "os.walk": ("follows no links", {"jobs/folders.py", "spec/model_folders.py"}),
     "os.write": ("to stderr; OSError is suppressed", {"cli/terminal/signals.py"}),
-    "signal.SIG_IGN": ("exists everywhere", {"cli/terminal/signals.py"}),
+    "signal.SIGINT": ("exists everywhere", {"jobs/worker.py"}),
+    "signal.SIG_IGN": ("exists everywhere", {"cli/terminal/signals.py", "jobs/worker.py"}),
     "signal.getsignal": ("of signals that this system has", {"cli/terminal/signals.py"}),
     "signal.set_wakeup_fd": ("of a socket, which Windows demands", {"cli/terminal/signals.py"}),
-    "signal.signal": ("of signals that this system has", {"cli/terminal/signals.py"}),
+    "signal.signal": ("of signals that this system has", {"cli/terminal/signals.py", "jobs/worker.py"}),
     "socket.socketpair": ("exists on Windows since Python 3.5", {"cli/terminal/signals.py"}),
     "subprocess.list2cmdline": ("only on Windows", {"cli/commands/quantize.py"}),
     "subprocess.run": (
@@ -151,6 +168,8 @@ def _calls_by_name(node: ast.Call) -> Iterator[str]:
         yield "open without an encoding"
     if not isinstance(function, ast.Attribute):
         return
+    if function.attr in CALLED_PATH_METHODS:
+        yield f".{function.attr}"
     if function.attr == "replace" and len(node.args) == 1 and not keywords:  # str.replace takes two
         yield ".replace"
     if function.attr == "read_text" and not node.args and "encoding" not in keywords:
@@ -184,6 +203,8 @@ def test_calls_that_are_not_the_same_everywhere_are_listed_with_a_guard() -> Non
         ("path.rename(other)", [".rename"]),
         ("path.replace(other)", [".replace"]),
         ("text.replace('a', 'b')", []),
+        ("path.owner()", [".owner"]),
+        ("job.owner", []),
         ("partial(path.unlink, missing_ok=True)", [".unlink"]),
         ("open('a')", ["open without an encoding"]),
         ("open('a', encoding='utf-8')", []),

@@ -13,7 +13,7 @@ SECONDS_PER_DAY = 24 * 3600
 
 @dataclass(frozen=True)
 class Retention:
-    """How long finished jobs are kept.
+    """Bounds on the finished jobs that are kept.
 
     Args:
         max_age: seconds since they finished; None: for ever.

@@ -11,7 +11,7 @@ from kadr.jobs.claims import Claim
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a supervisor waits before it kills a worker, in seconds.
+    """Times that a supervisor waits before it kills a worker, in seconds.
 
     Args:
         start: until it is ready.
@@ -31,7 +31,7 @@ class Patience:
 
 @dataclass
 class LiveJob:
-    """What is known of a job in progress; nothing of it is stored.
+    """A job in progress, with what its worker reported; nothing of it is stored.
 
     Args:
         progress: the newest report.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Waiting:
-    """What the order depends on, of a job that waits; see `Job`. engine: as canonical JSON."""
+    """A job that waits, with what the order depends on; see `Job`. engine: as canonical JSON."""
 
     number: int
     owner: str

@@ -23,7 +23,7 @@ from kadr.jobs.table import JobChange
 from kadr.jobs.worker import DISK_FULL, MakerFactory, WorkerProcess
 
 IDLE_SECONDS = 1.0  # between looks at the disk and at the pause, where nothing is announced
-POLL_SECONDS = 0.2  # between looks at the deadlines of a worker
+WATCH_SECONDS = 0.2  # between looks at the deadlines of a worker
 MIN_FREE_BYTES = 512 * 10**6  # of the disk with the queue; below it no job begins
 RESTART_SECONDS = 5.0  # before a worker is started again that ended before it was ready
 STOP_REASON = "the server stops"
@@ -167,7 +167,7 @@ class _Slot:
             self.worker = worker
         try:
             while self.supervisor.clock() < deadline and not self.supervisor.is_stopping:
-                if (report := worker.receive(POLL_SECONDS)) is not None and report[0] == "ready":
+                if (report := worker.receive(WATCH_SECONDS)) is not None and report[0] == "ready":
                     self.warm_engines, self.is_ready = report[1], True
                     return True
             reason = f"was not ready within {self.supervisor.patience.start:.0f} s"
@@ -224,7 +224,7 @@ class _Slot:
             self.cancel(claim)
         while True:
             try:
-                report = self.worker.receive(POLL_SECONDS)
+                report = self.worker.receive(WATCH_SECONDS)
             except EOFError:
                 reason = self.worker.describe_end()
                 break

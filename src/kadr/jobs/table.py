@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from kadr.jobs.database import Database
 from kadr.jobs.job import Job, JobError, StorageError, UnknownJobError
 
-DATABASE_FILE, LOCK_FILE, PAUSED_FILE = "jobs.sqlite", "server.lock", "paused"
+DATABASE_FILE, QUEUE_LOCK_FILE, PAUSED_FILE = "jobs.sqlite", "server.lock", "paused"
 SEQ_GAP = 1 << 20  # past the numbers that progress took since the last stored one, before the process ended
 _JSON_COLUMNS = ("engine", "request", "labels", "error", "result")
 
@@ -162,7 +162,7 @@ def _to_row(columns: dict[str, Any]) -> dict[str, Any]:
 
 def _lock_folder(folder: Path) -> FileLock:
     """Takes the lock of the queue's folder, which the system releases when the process ends."""
-    lock = FileLock(folder / LOCK_FILE, thread_local=False)
+    lock = FileLock(folder / QUEUE_LOCK_FILE, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
