@@ -1,7 +1,8 @@
 """Runs the shell and Python blocks of a page as a reader would paste them, in order, in one folder.
 
 bash reads the shell blocks, so that loops, heredocs and continued lines are those of the page. `kadr` is a script there
-that hands its arguments to this process, which runs the command line: a process for each would load torch again.
+that hands its arguments, and its stdin where a dash asks for it, to this process, which runs the command line: a
+process for each would load torch again.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from kadr.cli.main import main
+from tests.stdin_bytes import stdin_bytes
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```(sh|console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ASK = """#!/bin/bash
+if [[ " $* " == *" - "* ]]; then cat; fi > "$KADR_STDIN"
 printf '%s\\0' "$#" "$@" >&"$KADR_CALLS"
 read -r code <&"$KADR_CODES"
 cat "$KADR_STDOUT"
@@ -100,11 +103,12 @@ class PageRunner:
         """
         calls_read, calls_write = os.pipe()
         codes_read, codes_write = os.pipe()
-        stdout_file = self.folder / ".venv" / "stdout"
+        stdin_file, stdout_file = self.folder / ".venv" / "stdin", self.folder / ".venv" / "stdout"
         environment = {
             **self.environment,
             "KADR_CALLS": str(calls_write),
             "KADR_CODES": str(codes_read),
+            "KADR_STDIN": str(stdin_file),
             "KADR_STDOUT": str(stdout_file),
         }
         bash = subprocess.Popen(
@@ -120,7 +124,8 @@ class PageRunner:
         os.close(codes_read)
         with open(calls_read, "rb") as calls, open(codes_write, "wb", buffering=0) as codes:
             while arguments := _next_call(calls):
-                call = self.run_kadr(arguments)
+                with stdin_bytes(stdin_file.read_bytes()):
+                    call = self.run_kadr(arguments)
                 self.calls.append(call)
                 stdout_file.write_text(call.out, "utf-8")
                 codes.write(f"{call.code}\n".encode())

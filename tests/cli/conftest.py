@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from kadr.cancellation import cancellable
-from kadr.cli import run
+from kadr.cli import run, series
 from kadr.cli.main import main
 from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
@@ -51,6 +51,7 @@ class FakeEngine:
     on_half_written: Callable[[], None] = lambda: None  # called while the video is half written
     latents: Any = None
     resume_flags: list[bool] = field(default_factory=list)
+    prompts_encoded_ahead: list[str] = field(default_factory=list)
 
     def open(self, model: str | Path, **options: Any) -> FakeEngine:
         self.open_calls.append((str(model), {name: value for name, value in options.items() if value is not None}))
@@ -65,6 +66,12 @@ class FakeEngine:
     def complete(self, request: Request) -> Request:
         """Returns the request with the recipe's defaults."""
         return complete_request(replace(request, input_video=None, denoise_strength=None), RECIPE)  # opens no file
+
+    def resolve(self, request: Request) -> Request:
+        return self.complete(request)
+
+    def encode_prompts_ahead(self, engine: FakeEngine, series: Any, prompts: Sequence[str], **options: Any) -> None:
+        self.prompts_encoded_ahead += prompts
 
     def plan(self, request: Request) -> Plan:
         self.requests.append(request)
@@ -112,6 +119,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     """A fake engine in place of `Engine.open`, in an empty working directory."""
     fake = FakeEngine()
     monkeypatch.setattr(run, "open_engine", fake.open)
+    monkeypatch.setattr(series, "encode_prompts_ahead", fake.encode_prompts_ahead)
     monkeypatch.chdir(tmp_path)
     return fake
 

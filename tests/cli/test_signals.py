@@ -170,6 +170,17 @@ def test_first_signal_cancels_a_video_and_leaves_nothing(tmp_path: Path) -> None
         assert os.listdir(command.folder) == []
 
 
+def test_first_signal_stops_a_series_and_keeps_finished_videos(tmp_path: Path) -> None:
+    tiny = ("--size", "64x64", "--frames", "9", "--steps", "200", "--variations", "3", "--output", "clip.mp4")
+    with running(tmp_path, *generate(*tiny)) as command:
+        command.wait_for("encoding the prompt, video 2 of 3: 2 of 2")
+        command.signal(signal.SIGINT)
+        ending = command.wait()
+        assert (ending.code, ending.out) == (EXIT_CANCELLED, "clip-1.mp4\n")
+        assert ending.err[-3:] == [CANCELLING, "finished 1 of 3 videos", CANCELLED]
+        assert os.listdir(command.folder) == ["clip-1.mp4"]
+
+
 def test_second_signal_ends_a_video_inside_a_layer_of_minutes(tmp_path: Path) -> None:
     with running(tmp_path, *generate(*LONG)) as command:
         command.wait_for("encoding the prompt: 2 of 2")

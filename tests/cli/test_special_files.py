@@ -53,6 +53,7 @@ def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         ("generate", PROMPT, "--input-video", "pipe.mp4"),
         ("generate", PROMPT, "--control", "canny:pipe.mp4"),
         ("generate", PROMPT, "--config", "pipe.yaml"),
+        ("generate", "--prompt-file", "pipe.txt"),
         ("plan", PROMPT, "--image", "pipe.png"),
         ("rerun", "pipe.mp4"),
         ("inspect", "pipe.mp4"),
@@ -71,7 +72,14 @@ def test_an_input_that_is_a_named_pipe_is_refused(kadr: Run, pipe: Callable[[str
     assert sorted(os.listdir()) == [name]  # nothing was written
 
 
-@pytest.mark.parametrize("args", [("generate", PROMPT, "--config", "/dev/zero"), ("inspect", "/dev/zero")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("generate", PROMPT, "--config", "/dev/zero"),
+        ("generate", "--prompt-file", "/dev/zero"),
+        ("inspect", "/dev/zero"),
+    ],
+)
 def test_an_endless_device_is_refused_before_it_is_read(kadr: Run, pipe: object, args: tuple[str, ...]) -> None:
     result = kadr(*args)
     assert result.code == 1

@@ -25,8 +25,8 @@ _REST = """--image --video --control --input-video --denoise-strength --image-no
     --second-guidance --second-tone-map --tone-map --decode-timestep --decode-noise"""
 _WINDOWS = "--window --overlap --overlap-strength --adain --anchor-strength"
 VERBS = {
-    "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --enhance --enhance-model
-        --enhance-required --enhance-timeout {_WINDOWS} --output --resume --json --dry-run
+    "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --variations --prompt-file
+        --enhance --enhance-model --enhance-required --enhance-timeout {_WINDOWS} --output --resume --json --dry-run
         --save-latents {_MODEL} {_REST}""",
     "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json --calibrate
         {_MODEL} {_REST}""",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import typer
 from hypothesis import strategies as st
 
 from kadr.cli.main import app
+from kadr.cli.prompts import MAX_PROMPT_BYTES
 from tests.fuzz import files
 from tests.fuzz.command import Case
 from tests.fuzz.values import json_values, numbers, texts
@@ -115,8 +117,23 @@ def prompt_cases(draw: Any) -> Case:
     return Case((*verb, *negative, *form))
 
 
+@st.composite
+def series_cases(draw: Any) -> Case:
+    """Files of prompts, and prompts on stdin: not text, not UTF-8, empty, or a line of anything."""
+    lines = st.lists(st.one_of(texts(80).map(os.fsencode), st.binary(max_size=40), st.just(b"# a comment")), max_size=6)
+    data = draw(st.sampled_from((b"", b"\xef\xbb\xbf"))) + draw(st.sampled_from((b"\n", b"\r\n"))).join(draw(lines))
+    data *= draw(st.sampled_from((1, 1, 1, MAX_PROMPT_BYTES // max(1, len(data)) + 1)))
+    windows = draw(st.sampled_from(((), ("--window", "9"))))
+    variations = draw(st.sampled_from(((), ("--variations", draw(st.sampled_from(("2", "3", "0", "1001", "x")))))))
+    source = draw(st.sampled_from((("-",), ("--prompt-file", "prompts.txt"), ("--prompt", "-"))))
+    output = draw(st.sampled_from((("--dry-run",), ("--dry-run", "--json"), ("--output", "no/such/folder/x.mp4"))))
+    args = ("generate", *output, "--model", "demo", *TINY, *windows, *variations, *source)
+    return Case(args, {"prompts.txt": data}, stdin=data)
+
+
 PATH_FLAGS = ("--model", "--config", "--upscaler", "--second-model", "--text-encoder", "--vae", "--lora", "--image")
 PATH_FLAGS += (
+    "--prompt-file",
     "--video",
     "--control",
     "--input-video",
@@ -137,7 +154,8 @@ def path_cases(draw: Any) -> Case:
     verb = draw(st.sampled_from(("generate", "plan", "inspect", "rerun", "quantize", "train-lora", "models", "bench")))
     if verb in ("generate", "plan"):
         flag = draw(st.sampled_from(PATH_FLAGS))
-        return Case((verb, PROMPT, *(("--dry-run",) if verb == "generate" else ()), flag, path))
+        prompt = () if flag == "--prompt-file" else (PROMPT,)
+        return Case((verb, *prompt, *(("--dry-run",) if verb == "generate" else ()), flag, path))
     forms = {
         "inspect": (("inspect", path),),
         "rerun": (("rerun", path), ("rerun", path, "--output", path)),
@@ -210,6 +228,7 @@ ALL: Mapping[str, st.SearchStrategy[Case]] = {
     "clip": clip_cases(),
     "config": config_cases(),
     "prompt": prompt_cases(),
+    "series": series_cases(),
     "path": path_cases(),
     "number": number_cases(),
     "environment": environment_cases(),

@@ -21,6 +21,7 @@ from typing import Any
 import typer
 
 from kadr.cli.main import app
+from tests.stdin_bytes import stdin_bytes
 
 MAX_LINE, MAX_SECONDS, MAX_BYTES = 500, 10.0, 1_500_000_000
 ADDRESS_SPACE = 12 << 30  # torch maps gigabytes that it never touches; what it touches is limited by MAX_BYTES
@@ -47,15 +48,18 @@ class Case:
         args: as after `kadr`; a file of `files` is named by its name, since the command runs in their folder.
         files: name -> bytes.
         environment: variables that are set while it runs.
+        stdin: bytes on its stdin.
     """
 
     args: Sequence[str]
     files: Mapping[str, bytes] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    stdin: bytes = b""
 
     def __repr__(self) -> str:
         files = {name: f"{len(data)} bytes" for name, data in self.files.items()}
-        return f"Case(args={list(self.args)!r}, files={files}, environment={dict(self.environment)!r})"
+        environment = dict(self.environment)
+        return f"Case(args={list(self.args)!r}, files={files}, environment={environment!r}, stdin={self.stdin[:80]!r})"
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def run_in_process(case: Case) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     with _folder_of(case) as folder, _environment(case.environment), _working_folder(folder):
         begin, peak_before = time.process_time(), _peak_bytes()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), stdin_bytes(case.stdin):
             code = _exit_code(case.args)
         seconds = time.process_time() - begin
         new_files = _new_files(folder, case)
@@ -135,6 +139,7 @@ def run_command(case: Case) -> Outcome:
             [os.fsencode(part) for part in (sys.executable, "-c", script, *case.args)],
             cwd=folder,
             env=environment,
+            input=case.stdin,
             capture_output=True,
             timeout=120,
             check=False,

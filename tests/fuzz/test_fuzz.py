@@ -25,6 +25,7 @@ EXAMPLES = {
     "clip": 30,
     "config": 40,
     "prompt": 8,
+    "series": 30,
     "path": 113,
     "number": 130,
     "environment": 4,

@@ -63,17 +63,18 @@ def reserve_output(
 def _reserve_new(path: Path) -> Reservation:
     """Reserves the path, or the next free one of clip-2.mp4, clip-3.mp4, ..."""
     numbered_paths = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
-    for candidate in filter(_is_free, chain([path], numbered_paths)):
+    for candidate in filter(is_free, chain([path], numbered_paths)):
         reservation = Reservation(candidate)
         if not reservation.acquire():
             continue
-        if _is_free(candidate):  # the process that had reserved it may have written it just now
+        if is_free(candidate):  # the process that had reserved it may have written it just now
             return reservation
         reservation.release()
     raise AssertionError("there is always another number")
 
 
-def _is_free(path: Path) -> bool:
+def is_free(path: Path) -> bool:
+    """Returns whether no video of that name exists, finished or not."""
     return not path.exists() and not _has_windows(window_folder_path(path))
 
 
@@ -127,18 +128,29 @@ def _refuse_unwritable(request: Request, output: Path, latents_path: Path | None
         MediaError: a file cannot be written there.
         RequestError: the video would replace a clip it is made from.
     """
+    refuse_overwriting(request, output)
+    refuse_unwritable_video(request, output)
+    if latents_path is not None:
+        refuse_unwritable_latents(latents_path)
+
+
+def refuse_unwritable_video(request: Request, output: Path) -> None:
+    """Refuses an .mp4 that cannot be written.
+
+    Raises:
+        MediaError: it cannot be written there.
+        RequestError: the name is too long for the folder of its windows.
+    """
     from kadr.media.writer import VideoWriter
 
-    refuse_overwriting(request, output)
     if request.windows is not None:
         check_path("the folder of finished windows", window_folder_path(output))
     size = request.size if isinstance(request.size, Size) else Size(2, 2)
     VideoWriter(output, size, request.fps or 24)  # refuses a file that it could not write
-    if latents_path is not None:
-        _refuse_unwritable_latents(latents_path)
 
 
-def _refuse_unwritable_latents(latents_path: Path) -> None:
+def refuse_unwritable_latents(latents_path: Path) -> None:
+    """Refuses a .safetensors that cannot be written; errors as for `refuse_unwritable_video`."""
     folder = latents_path.parent
     if latents_path.is_dir():
         raise MediaError(

@@ -46,9 +46,18 @@ def write_video(
     as_json: bool = False,
     resume: bool = False,
     kernels: Any = None,
+    position: tuple[int, int] | None = None,
 ) -> None:
-    """Makes the video and prints its path, or a JSON summary, on stdout. resume, kernels: as for `Engine.write`."""
-    with _report_finished_windows(output), show_progress() as watch:
+    """Makes the video and prints its path, or a JSON summary, on stdout.
+
+    Args:
+        resume, kernels: as for `Engine.write`.
+        position: of several videos, (number of this one, number of videos).
+    """
+    flags = "--resume"  # that resume it
+    if position is not None:
+        flags = f"its prompt, --seed {request.seed} --output {output} --resume"
+    with _report_finished_windows(output, flags), show_progress(position) as watch:
         recorded = {"kernels": kernels} if kernels else {}
         video_file = engine.write(request, output, watch=watch, on_plan=print_plan, resume=resume, **recorded)
     report = summary(engine, video_file)
@@ -65,8 +74,8 @@ def write_video(
 
 
 @contextmanager
-def _report_finished_windows(output: Path) -> Iterator[None]:
-    """Prints how many windows of a long video are finished, if it is interrupted."""
+def _report_finished_windows(output: Path, flags: str) -> Iterator[None]:
+    """Prints how many windows of a long video are finished, and the flags that resume it, if it is interrupted."""
     try:
         yield
     except BaseException as error:
@@ -75,7 +84,7 @@ def _report_finished_windows(output: Path) -> Iterator[None]:
         finished = len(finished_windows(window_folder_path(output)))
         if finished and not isinstance(error, RequestError):
             windows = "window is" if finished == 1 else "windows are"
-            print_stderr(f"{finished} finished {windows} kept; resume the video with --resume")
+            print_stderr(f"{finished} finished {windows} kept; resume the video with {flags}")
         raise
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from kadr.cli import enhance, run
 from kadr.cli.flags import options
 from kadr.cli.flags.groups import with_flag_groups
 from kadr.cli.flags.request import (
-    build_request,
     check_choices,
     component_options,
     engine_options,
@@ -16,13 +15,10 @@ from kadr.cli.flags.request import (
     warn_unused_flags,
     with_duration,
 )
-from kadr.cli.output_path import refuse_missing_media, reserve_output
+from kadr.cli.output_path import refuse_missing_media
+from kadr.cli.series import build_series, print_dry_runs, read_prompts, write_series
+from kadr.cli.series_output import reserve_outputs
 from kadr.cli.terminal.daily_notice import print_daily
-from kadr.cli.terminal.errors import print_stdout
-from kadr.request.request import Request
-
-if TYPE_CHECKING:
-    from kadr.pipeline.engine import Engine
 
 DEMO_NOTICE = (
     "No --model is named, so the bundled demo draws this: one coloured shape that moves, grows or stands still on a "
@@ -36,39 +32,32 @@ GENERATE_EPILOG = (
 
 
 @with_flag_groups(options.GenerateFlags)
-def generate(prompt: options.Prompt, flags: options.GenerateFlags) -> None:
-    """Make a video from a prompt.
+def generate(prompt: options.PromptOrStdin, flags: options.GenerateFlags) -> None:
+    """Make a video from a prompt, or several from prompts and seeds.
 
-    With --image or --video it shows your images and clips, with --control it follows a clip. Prints the path of the
+    With --image or --video it shows your images and clips, with --control it follows a clip. Prints the path of each
     video.
     """
     check_choices(flags)
-    request = build_request(prompt, flags)
-    refuse_second_pass_flags(request, flags.model)
-    components = component_options(flags.model, request)
+    series = build_series(prompt, flags)
+    refuse_second_pass_flags(series.template, flags.model)
+    components = component_options(flags.model, series.template)
     is_demo, model = "model" not in components, components.pop("model", "demo")
-    refuse_missing_media(request)
+    refuse_missing_media(series.template)
     enhancer = enhance.create_enhancer(flags.enhance)
+    series = read_prompts(series, prompt, flags)  # after all flags: somebody may type the prompts
     if flags.output.dry_run:
         enhance.announce_enhancer(enhancer)
-        print_dry_run(request, run.open_engine(model, **components, **engine_options(flags.model)), flags)
+        engine = run.open_engine(model, **components, **engine_options(flags.model))
+        series = replace(series, template=with_duration(series.template, flags.video.seconds, engine))
+        print_dry_runs(engine, series, as_json=flags.output.json)
         return
-    latents, resume = flags.output.save_latents, flags.output.resume
-    with reserve_output(request, flags.output.output, latents_path=latents, resume=resume) as output:
+    with reserve_outputs(series, flags.output) as reserve:
         if is_demo:
             print_daily("demo", DEMO_NOTICE)
         if flags.model.no_prompt_cache:
             components["prompt_cache"] = False
         engine = run.open_engine(model, **components, **engine_options(flags.model))
-        request = with_duration(request, flags.video.seconds, engine)
-        warn_unused_flags(request, flags.model, engine)
-        request = enhance.enhance_request(engine, request, enhancer, output, resume=resume)
-        run.write_video(engine, request, output, latents_path=latents, as_json=flags.output.json, resume=resume)
-
-
-def print_dry_run(request: Request, engine: Engine, flags: options.GenerateFlags) -> None:
-    """Prints every step of the request, without making it."""
-    from kadr.cli.terminal import dry_run  # loads torch
-
-    result = engine.dry_run(with_duration(request, flags.video.seconds, engine))
-    print_stdout(dry_run.format_dry_run(result, as_json=flags.output.json))
+        series = replace(series, template=with_duration(series.template, flags.video.seconds, engine))
+        warn_unused_flags(series.template, flags.model, engine)
+        write_series(engine, series, reserve, enhancer, flags)

@@ -31,16 +31,17 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
-def with_flag_groups(flags: type[F]) -> Callable[[Callable[[str, F], None]], Callable[..., None]]:
+def with_flag_groups(flags: type[F]) -> Callable[[Callable[[Any, F], None]], Callable[..., None]]:
     """Gives a verb the flags of a dataclass of groups; each group is a dataclass whose docstring is its title.
 
-    The verb gets its first argument and the filled dataclass; the parser sees one long signature.
+    The verb gets its first argument and the filled dataclass; the parser sees one long signature. The argument is None
+    where it is left out, if its type allows that.
     """
     groups = get_type_hints(flags)
 
-    def wrap(verb: Callable[[str, F], None]) -> Callable[..., None]:
+    def wrap(verb: Callable[[Any, F], None]) -> Callable[..., None]:
         @wraps(verb)
-        def run(prompt: str, **values: Any) -> None:
+        def run(prompt: Any, **values: Any) -> None:
             filled_groups = {
                 name: group(**{flag.name: values[flag.name] for flag in fields(group)})
                 for name, group in groups.items()
@@ -61,7 +62,8 @@ def with_flag_groups(flags: type[F]) -> Callable[[Callable[[str, F], None]], Cal
 def _first_parameter(verb: Callable[..., None]) -> Parameter:
     name = next(iter(signature(verb).parameters))
     hint = get_type_hints(verb, include_extras=True)[name]
-    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
+    default = None if type(None) in get_args(get_args(hint)[0]) else Parameter.empty
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=hint)
 
 
 def _group_parameters(group: Any) -> list[Parameter]:

@@ -17,6 +17,14 @@ def flag(name: str, metavar: str | None, help: str) -> Any:
 
 # Flags of several verbs, or of verbs other than `generate`.
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to show, in quotes.", show_default=False)]
+PromptOrStdin = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PROMPT",
+        help="What to show, in quotes; - reads prompts from stdin, one per line, and makes a video of each.",
+        show_default=False,
+    ),
+]
 Model = Annotated[
     str | None, flag("--model", "NAME|PATH", "A name of `kadr models`, a .safetensors, a .gguf or a diffusers folder.")
 ]
@@ -59,6 +67,19 @@ class VideoFlags:
 
 
 @dataclass(frozen=True)
+class SeriesFlags:
+    """Several videos (each prompt with each seed; the model is opened once)"""
+
+    variations: Annotated[
+        int, flag("--variations", "N", "Make N videos of each prompt, with the seeds S, S+1, ... [default: 1]")
+    ] = 1
+    prompt_file: Annotated[
+        Path | None,
+        flag("--prompt-file", "FILE", "Make a video of each line, but for empty lines and those that begin with #."),
+    ] = None
+
+
+@dataclass(frozen=True)
 class EnhanceFlags:
     """Prompt enhancement"""
 
@@ -98,13 +119,22 @@ class OutputFlags:
     """Output"""
 
     output: Annotated[
-        Path | None, flag("--output", "PATH", "The .mp4 to write or replace. [default: out.mp4, out-2.mp4, ...]")
+        Path | None,
+        flag(
+            "--output",
+            "PATH",
+            "The .mp4 to write or replace; several videos are new files, clip-1.mp4, clip-2.mp4, ... for clip.mp4. "
+            "[default: out.mp4, out-2.mp4, ...]",
+        ),
     ] = None
     resume: Resume = False
-    json: Json = False
+    json: Annotated[bool, flag("--json", None, "Print one JSON object instead, on a line for each video.")] = False
     dry_run: Annotated[bool, flag("--dry-run", None, "Print every step of the run; make nothing.")] = False
     save_latents: Annotated[
-        Path | None, flag("--save-latents", "PATH", "Also write the latents, before decoding, as .safetensors.")
+        Path | None,
+        flag(
+            "--save-latents", "PATH", "Also write the latents, before decoding, as .safetensors, named like --output."
+        ),
     ] = None
 
 
@@ -282,6 +312,7 @@ class GenerateFlags:
     """Flags of `kadr generate`, in the order of its help."""
 
     video: VideoFlags
+    series: SeriesFlags
     enhance: EnhanceFlags
     windows: WindowFlags
     output: OutputFlags
@@ -305,7 +336,7 @@ class PlanOutputFlags:
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """Flags of `kadr plan`: those of `kadr generate` but for output and prompt enhancement."""
+    """Flags of `kadr plan`: those of `kadr generate` but for several videos, prompt enhancement and output."""
 
     video: VideoFlags
     windows: WindowFlags

@@ -73,23 +73,31 @@ def handle_errors() -> Iterator[None]:
             raise
         except (KeyboardInterrupt, Cancelled) as error:
             raise _exit(error, CANCELLED, EXIT_CANCELLED) from error
-        except KadrError as error:
-            raise _exit(error, f"error: {error}", EXIT_ERROR) from error
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # the reader of stdout has closed it: typer exits quietly
-            raise _exit(error, f"error: {_os_error_message(error)}", EXIT_ERROR) from error
         except Exception as error:
-            raise _exit(error, _unexpected_message(error), EXIT_ERROR) from error
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # the reader of stdout has closed it: typer exits quietly
+            raise _exit(error, f"error: {explain_error(error)}", EXIT_ERROR) from error
 
 
 def _exit(error: BaseException, message: str, code: int) -> typer.Exit:
+    limit = MAX_ERROR_LINE if not isinstance(error, KadrError) else len(message)  # those are cut already
+    print_error(error, message, limit=limit)
+    return typer.Exit(code)
+
+
+def print_error(error: BaseException, message: str, *, limit: int) -> None:
+    """Prints the message about an exception, each line cut to `limit` characters, and its traceback if asked to."""
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         traceback.print_exception(error)
-    limit = MAX_ERROR_LINE if not isinstance(error, KadrError) else len(message)  # those are cut already
     for line in message.split("\n"):
         print_stderr(line, limit=limit)
-    return typer.Exit(code)
+
+
+def explain_error(error: Exception) -> str:
+    """Returns what went wrong, for the user; further lines are details."""
+    if isinstance(error, KadrError):
+        return str(error)
+    return _os_error_message(error) if isinstance(error, OSError) else _unexpected_message(error)
 
 
 def _os_error_message(error: OSError) -> str:
@@ -105,9 +113,9 @@ def _os_error_message(error: OSError) -> str:
 def _unexpected_message(error: Exception) -> str:
     summary = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without loading torch
-        return f"error: memory is full ({summary}). Ask for less: a smaller --size, or fewer --frames."
+        return f"memory is full ({summary}). Ask for less: a smaller --size, or fewer --frames."
     return (
-        f"error: unexpected {summary}\n"
+        f"unexpected {summary}\n"
         f"This is a bug. Please report it with your command and its output under {DEBUG_VARIABLE}=1."
     )
 

@@ -24,30 +24,36 @@ STAGE_LABELS = {
 
 
 @contextmanager
-def show_progress() -> Iterator[Watch]:
-    """Yields a watcher that shows progress until the block ends."""
+def show_progress(position: tuple[int, int] | None = None) -> Iterator[Watch]:
+    """Yields a watcher that shows progress until the block ends.
+
+    Args:
+        position: of several videos, (number of this one, number of videos).
+    """
     if sys.stderr.isatty():
-        with _watch_in_bars() as watch:
+        with _watch_in_bars(position) as watch:
             yield watch
     else:
-        yield watch_in_lines()
+        yield watch_in_lines(position=position)
 
 
-def watch_in_lines(clock: Callable[[], float] = time.monotonic) -> Watch:
-    """Returns a watcher that prints a line at the end of every stage, and every few seconds."""
+def watch_in_lines(clock: Callable[[], float] = time.monotonic, *, position: tuple[int, int] | None = None) -> Watch:
+    """Returns a watcher that prints a line at the end of every stage, and every few seconds; see `show_progress`."""
     last = clock()
 
     def watch(progress: Progress) -> None:
         nonlocal last
         if 0 < progress.step == progress.of or clock() - last >= SECONDS_BETWEEN_LINES:
             last = clock()
-            print_stderr(f"{_stage_label(progress)}: {progress.step} of {progress.of}{_time_left(progress, ', ')}")
+            print_stderr(
+                f"{_stage_label(progress, position)}: {progress.step} of {progress.of}{_time_left(progress, ', ')}"
+            )
 
     return watch
 
 
 @contextmanager
-def _watch_in_bars() -> Iterator[Watch]:
+def _watch_in_bars(position: tuple[int, int] | None) -> Iterator[Watch]:
     # Imported here, because rich takes as long to load as all of `kadr --help`.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
@@ -61,15 +67,16 @@ def _watch_in_bars() -> Iterator[Watch]:
         def watch(progress: Progress) -> None:
             if progress.step == 0 or progress.stage not in tasks:
                 tasks[progress.stage] = bars.add_task(STAGE_LABELS.get(progress.stage, progress.stage), left="")
-            left, name = _time_left(progress), _stage_label(progress)
+            left, name = _time_left(progress), _stage_label(progress, position)
             bars.update(tasks[progress.stage], description=name, completed=progress.step, total=progress.of, left=left)
 
         yield watch
 
 
-def _stage_label(progress: Progress) -> str:
-    name = STAGE_LABELS.get(progress.stage, progress.stage)
-    return name if progress.window is None else "{}, window {} of {}".format(name, *progress.window)
+def _stage_label(progress: Progress, position: tuple[int, int] | None) -> str:
+    places = (("window", progress.window), ("video", position))
+    counts = [f"{name} {place[0]} of {place[1]}" for name, place in places if place is not None]
+    return ", ".join([STAGE_LABELS.get(progress.stage, progress.stage), *counts])
 
 
 def _time_left(progress: Progress, prefix: str = "") -> str:

@@ -1,0 +1,175 @@
+"""Makes the videos of one command, one after another on one engine; a failure is reported, and the others go on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import typer
+
+from kadr.cli import enhance, run
+from kadr.cli.flags import options
+from kadr.cli.flags.request import build_request
+from kadr.cli.prompts import STDIN, check_prompt_source, read_prompt_lines
+from kadr.cli.series_output import ReserveOutput
+from kadr.cli.terminal.errors import MAX_ERROR_LINE, explain_error, print_error, print_stderr, print_stdout
+from kadr.cli.terminal.progress import show_progress
+from kadr.errors import KadrError, KadrWarning
+from kadr.pipeline.series.encode_ahead import ENCODED_AHEAD, encode_prompts_ahead
+from kadr.pipeline.series.loop import run_series
+from kadr.quoting import quote, show
+from kadr.request.request import Request
+from kadr.request.series import RequestSeries, SeriesItem
+
+if TYPE_CHECKING:
+    from kadr.pipeline.engine import Engine
+    from kadr.text.enhance import Enhancer
+
+MakeVideo = Callable[[SeriesItem], object]
+_MAX_SEED, _MAX_PROMPT, _MAX_NUMBERS = 20, 60, 12  # characters, and videos, that a message shows
+
+
+def build_series(prompt: str | None, flags: options.GenerateFlags) -> RequestSeries:
+    """Builds the videos that a command asks for, with an empty prompt where prompts are yet to be read.
+
+    Args:
+        prompt: the argument, None where it is left out.
+
+    Raises:
+        BadParameter: no prompt, or two sources of prompts.
+        RequestError: a value out of its range.
+    """
+    check_prompt_source(prompt, flags.series.prompt_file)
+    template = build_request("" if prompt is None or prompt == STDIN else prompt, flags)
+    return RequestSeries(template, (template.prompt,), flags.series.variations)
+
+
+def read_prompts(series: RequestSeries, prompt: str | None, flags: options.GenerateFlags) -> RequestSeries:
+    """Reads the prompts of a series from a file or stdin, if that is where they are; see `build_series`.
+
+    Raises:
+        BadParameter: a flag that is for one video alone.
+        RequestError: prompts that cannot be read, or a single one that does not fit.
+    """
+    if prompt is None or prompt == STDIN:
+        series = replace(series, prompts=read_prompt_lines(flags.series.prompt_file))
+    if len(series) == 1:
+        return replace(series, template=series.request(series.prompts[0], series.template.seed))
+    if flags.output.resume:
+        raise typer.BadParameter(
+            f"it resumes one video, and this command makes {len(series)}. Give that one's prompt, --seed and --output.",
+            param_hint="--resume",
+        )
+    return series
+
+
+def write_series(
+    engine: Engine,
+    series: RequestSeries,
+    reserve: ReserveOutput,
+    enhancer: Enhancer | None,
+    flags: options.GenerateFlags,
+) -> None:
+    """Writes every video, and prints the path of each, or its JSON summary, when it is complete.
+
+    Raises:
+        KadrError: some failed, which was reported; or a video failed for a reason that concerns all.
+    """
+    total, finished = len(series), 0
+    answers: dict[str, Request] = {}  # by prompt: the variations of a prompt share what the endpoint made of it
+
+    def write(item: SeriesItem) -> None:
+        nonlocal finished
+        if total > 1:
+            print_stderr(f"{_position(item, total)}, seed {show(item.seed)}: {item.prompt}")
+        request = series.request(item.prompt, item.seed)
+        with reserve(item.number) as (video, latents):
+            if item.prompt not in answers:
+                answers[item.prompt] = enhance.enhance_request(
+                    engine, request, enhancer, video, resume=flags.output.resume
+                )
+            answer = answers[item.prompt]
+            run.write_video(
+                engine,
+                replace(request, prompt=answer.prompt, original_prompt=answer.original_prompt),
+                video,
+                latents_path=latents,
+                as_json=flags.output.json,
+                resume=flags.output.resume,
+                position=None if total == 1 else (item.number, total),
+            )
+        finished += 1
+
+    is_encoded_ahead = enhancer is None and not flags.model.no_prompt_cache
+    try:
+        failed = _make_each(engine, series, write, _encoded_ahead(engine, series) if is_encoded_ahead else series)
+    except BaseException:
+        if finished:
+            print_stderr(f"finished {finished} of {total} videos")
+        raise
+    _refuse_failures(failed, total)
+
+
+def print_dry_runs(engine: Engine, series: RequestSeries, *, as_json: bool) -> None:
+    """Prints every step of every video, without making it; errors as for `write_series`."""
+    from kadr.cli.terminal import dry_run  # loads torch
+
+    total = len(series)
+
+    def print_one(item: SeriesItem) -> None:
+        result = engine.dry_run(series.request(item.prompt, item.seed))
+        heading = "" if total == 1 or as_json else f"{_position(item, total)}\n\n"
+        gap = "\n" if heading and item.number < total else ""
+        print_stdout(f"{heading}{dry_run.format_dry_run(result, as_json=as_json)}{gap}")
+
+    _refuse_failures(_make_each(engine, series, print_one, series), total)
+
+
+def _make_each(engine: Engine, series: RequestSeries, make: MakeVideo, items: Iterable[SeriesItem]) -> list[int]:
+    """Makes every video; of several, reports those that fail, and goes on. Returns the numbers of those.
+
+    Raises:
+        KadrError: the only video failed, or one for a reason that concerns all.
+    """
+    total, failed = len(series), list[int]()
+    if total == 1:
+        for item in items:
+            make(item)
+        return failed
+
+    def report(item: SeriesItem, error: Exception) -> None:
+        failed.append(item.number)
+        prompt, seed = quote(item.prompt, _MAX_PROMPT), show(item.seed, _MAX_SEED)
+        message = f"{_position(item, total)} failed ({prompt}, seed {seed}): {explain_error(error)}"
+        print_error(error, message, limit=MAX_ERROR_LINE)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KadrWarning)  # printed with each video
+        engine.resolve(series.template)  # refuses flags that suit no video
+    run_series(items, make, report)
+    return failed
+
+
+def _refuse_failures(failed: Sequence[int], total: int) -> None:
+    """Ends the command with an error if videos failed."""
+    if failed:
+        listed, more = ", ".join(map(str, failed[:_MAX_NUMBERS])), len(failed) - _MAX_NUMBERS
+        numbers = f"{listed} and {more} more" if more > 0 else listed
+        raise KadrError(f"{len(failed)} of {total} videos failed: {numbers}. The reasons are above.")
+
+
+def _position(item: SeriesItem, total: int) -> str:
+    return f"video {item.number} of {total}"
+
+
+def _encoded_ahead(engine: Engine, series: RequestSeries) -> Iterator[SeriesItem]:
+    """Yields the videos of a series; encodes the prompts of those that come next."""
+    for item in series:
+        index, variation = divmod(item.number - 1, series.variations)
+        prompts = series.prompts[index : index + ENCODED_AHEAD]
+        if variation == 0 and index % ENCODED_AHEAD == 0 and len(prompts) > 1:
+            with show_progress() as watch:
+                encode_prompts_ahead(engine, series, prompts, watch=watch)
+        yield item

@@ -1,0 +1,1 @@
+"""Several videos with one engine, one after another."""
