@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-JOB, PROGRESS, PREVIEW, NOTICE, DELETED, QUEUE = "job", "progress", "preview", "notice", "deleted", "queue"
-EVENT_KINDS = (JOB, PROGRESS, PREVIEW, NOTICE, DELETED, QUEUE)
+JOB, PROGRESS, PREVIEW, NOTICE, DELETED = "job", "progress", "preview", "notice", "deleted"
+CLOSED = "closed"  # the queue stops: nothing follows
+EVENT_KINDS = (JOB, PROGRESS, PREVIEW, NOTICE, DELETED, CLOSED)
 DEFAULT_MAX_EVENTS = 4096
 
 
@@ -60,6 +61,12 @@ class EventLog:
             subscribers = tuple(self._subscribers)
         for subscriber in subscribers:
             subscriber(event)
+
+    def close(self) -> None:
+        """Tells every subscriber that nothing follows."""
+        with self._lock:
+            last_seq = self._events[-1].seq if self._events else 0
+        self.publish(Event(last_seq + 1, CLOSED, None, None))
 
     def since(self, seq: int) -> list[Event] | None:
         """Returns the events after a number, or None where some of them are no longer here."""

@@ -32,6 +32,7 @@ from kadr.errors import (
 from kadr.jobs.engine_maker import Report, Task
 from kadr.jobs.folders import write_result
 from kadr.jobs.job import CANCELLED, JobError
+from kadr.kernels.cpu.malloc import tune_malloc
 
 BEAT_SECONDS = 1.0
 EXIT_SUPERVISOR_GONE = 3
@@ -120,7 +121,10 @@ class WorkerProcess:
 
 def run_worker(connection: Connection, create_maker: MakerFactory) -> None:
     """Runs a worker until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal reaches the supervisor, which decides
+    for name in ("SIGINT", "SIGHUP"):  # the terminal sends them to the supervisor too, which decides
+        if (number := getattr(signal, name, None)) is not None:
+            signal.signal(number, signal.SIG_IGN)
+    tune_malloc()
     _Worker(connection, create_maker()).run()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
-from kadr.jobs.events import DELETED, JOB, PROGRESS, Event
+from kadr.jobs.events import CLOSED, DELETED, JOB, PROGRESS, Event
 from kadr.jobs.job import UnknownJobError
 from kadr.server.auth import Client
 from kadr.server.errors import envelope_responses
@@ -86,7 +86,7 @@ class _Follower:
                 except asyncio.TimeoutError:
                     yield ": heartbeat\n\n"
                     continue
-                if event is None:
+                if event is None or event.kind == CLOSED:
                     return
                 if event.seq > seq:
                     yield self._show(event)
@@ -102,7 +102,8 @@ class _Follower:
         self._queue.put_nowait(event if self._queue.qsize() < MAX_WAITING else None)
 
     def _is_wanted(self, event: Event) -> bool:
-        return event.is_visible_to(self._client.scope) and self._job_id in (None, event.job_id)
+        is_of_stream = event.kind == CLOSED or self._job_id in (None, event.job_id)
+        return is_of_stream and event.is_visible_to(self._client.scope)
 
     def _missed(self, last_event_id: str | None) -> tuple[int, list[Event] | None]:
         """Returns the number of the newest event, and those after the last one that the client has; None: too many."""

@@ -7,7 +7,7 @@ import contextlib
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from kadr.cancellation import CancelToken, cancellable
 from kadr.errors import KadrError, RequestError
 from kadr.jobs.engine_maker import EngineMaker
+from kadr.jobs.events import EventLog
 from kadr.jobs.expiry import Retention
 from kadr.jobs.job import QueueLimits
 from kadr.jobs.live_job import Patience
@@ -37,6 +39,7 @@ from kadr.spec.model_folders import ModelFolders
 HEADER_SECONDS = 20  # for the head of a request to arrive
 MAX_CONNECTIONS = 1000
 STOP_SECONDS = 5  # for answers on their way when the server stops
+STOP_POLL_SECONDS = 0.1  # between looks at the token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(settings: ServerSettings, log: Callable[[str], object], on_ready: Callable[[str], object]) -> None:
-    """Serves until the process is asked to stop; jobs in progress go back into the queue.
+    """Serves until the current token is cancelled; jobs in progress go back into the queue.
 
     Args:
         log: takes lines for the operator.
@@ -126,10 +129,11 @@ def serve(settings: ServerSettings, log: Callable[[str], object], on_ready: Call
                 timeout_graceful_shutdown=STOP_SECONDS,
                 proxy_headers=False,
             )
-            server = uvicorn.Server(config)
+            server = _Server(config)
             threading.Thread(target=_open_default_model, args=(state, log), daemon=True).start()
             on_ready(address)
-            asyncio.run(server.serve(sockets=[listener]))
+            with cancellable() as token:
+                asyncio.run(server.serve_until(token, listener, state.queue.events))
     finally:
         listener.close()
 
@@ -205,6 +209,24 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _address(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """A server that stops when a token is cancelled; signals are the command line's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone."""
+        yield
+
+    async def serve_until(self, token: CancelToken, listener: socket.socket, events: EventLog) -> None:
+        """Serves until the token is cancelled, then ends the streams of events."""
+        serving = asyncio.ensure_future(self.serve(sockets=[listener]))
+        while not token.is_cancelled and not serving.done():
+            await asyncio.wait((serving,), timeout=STOP_POLL_SECONDS)
+        self.should_exit = True
+        events.close()
+        await serving
 
 
 class _Protocol(H11Protocol):
