@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -65,55 +66,71 @@ def read_prompts(series: RequestSeries, prompt: str | None, flags: options.Gener
     return series
 
 
-def write_series(
-    engine: Engine,
-    series: RequestSeries,
-    reserve: ReserveOutput,
-    enhancer: Enhancer | None,
-    flags: options.GenerateFlags,
-) -> None:
-    """Writes every video, and prints the path of each, or its JSON summary, when it is complete.
+class SeriesWriter:
+    """Writes the videos of a series.
 
-    Raises:
-        KadrError: some failed, which was reported; or a video failed for a reason that concerns all.
+    Args:
+        reserve: reserves the files of a video by its number.
+        enhancer: enhances each prompt once: its variations share the answer.
     """
-    total, finished = len(series), 0
-    answers: dict[str, Request] = {}  # by prompt: the variations of a prompt share what the endpoint made of it
 
-    def write(item: SeriesItem) -> None:
-        nonlocal finished
+    def __init__(
+        self,
+        engine: Engine,
+        series: RequestSeries,
+        reserve: ReserveOutput,
+        enhancer: Enhancer | None,
+        flags: options.GenerateFlags,
+    ) -> None:
+        self.engine, self.series, self.reserve, self.enhancer = engine, series, reserve, enhancer
+        self.flags, self.is_encoded_ahead = flags.output, enhancer is None and not flags.model.no_prompt_cache
+        self._num_finished = 0
+        self._enhanced: dict[str, Request] = {}  # by prompt
+
+    def write_all(self) -> None:
+        """Writes every video, and prints the path of each, or its JSON summary, when it is complete.
+
+        Raises:
+            KadrError: some failed, which was reported; or a video failed for a reason that concerns all.
+        """
+        items = _encoded_ahead(self.engine, self.series) if self.is_encoded_ahead else self.series
+        try:
+            failed = _make_each(self.engine, self.series, self._write, items)
+        except BaseException:
+            if self._num_finished:
+                print_stderr(f"finished {self._num_finished} of {len(self.series)} videos")
+            raise
+        _refuse_failures(failed, len(self.series))
+
+    def _write(self, item: SeriesItem) -> None:
+        total, position = len(self.series), None
         if total > 1:
+            position = item.number, total
             print_stderr(f"{_position(item, total)}, seed {show(item.seed)}: {item.prompt}")
-        request = series.request(item.prompt, item.seed)
-        with reserve(item.number) as (video, latents):
-            if item.prompt not in answers:
-                answers[item.prompt] = enhance.enhance_request(
-                    engine, request, enhancer, video, resume=flags.output.resume
-                )
-            answer = answers[item.prompt]
+        request = self.series.request(item.prompt, item.seed)
+        with self.reserve(item.number) as (video, latents):
             run.write_video(
-                engine,
-                replace(request, prompt=answer.prompt, original_prompt=answer.original_prompt),
+                self.engine,
+                self._enhance(request, video),
                 video,
                 latents_path=latents,
-                as_json=flags.output.json,
-                resume=flags.output.resume,
-                position=None if total == 1 else (item.number, total),
+                as_json=self.flags.json,
+                resume=self.flags.resume,
+                position=position,
             )
-        finished += 1
+        self._num_finished += 1
 
-    is_encoded_ahead = enhancer is None and not flags.model.no_prompt_cache
-    try:
-        failed = _make_each(engine, series, write, _encoded_ahead(engine, series) if is_encoded_ahead else series)
-    except BaseException:
-        if finished:
-            print_stderr(f"finished {finished} of {total} videos")
-        raise
-    _refuse_failures(failed, total)
+    def _enhance(self, request: Request, video: Path) -> Request:
+        if request.prompt not in self._enhanced:
+            self._enhanced[request.prompt] = enhance.enhance_request(
+                self.engine, request, self.enhancer, video, resume=self.flags.resume
+            )
+        enhanced = self._enhanced[request.prompt]
+        return replace(request, prompt=enhanced.prompt, original_prompt=enhanced.original_prompt)
 
 
 def print_dry_runs(engine: Engine, series: RequestSeries, *, as_json: bool) -> None:
-    """Prints every step of every video, without making it; errors as for `write_series`."""
+    """Prints every step of every video, without making it; errors as for `SeriesWriter.write_all`."""
     from kadr.cli.terminal import dry_run  # loads torch
 
     total = len(series)

@@ -16,7 +16,7 @@ from kadr.cli.flags.request import (
     with_duration,
 )
 from kadr.cli.output_path import refuse_missing_media
-from kadr.cli.series import build_series, print_dry_runs, read_prompts, write_series
+from kadr.cli.series import SeriesWriter, build_series, print_dry_runs, read_prompts
 from kadr.cli.series_output import reserve_outputs
 from kadr.cli.terminal.daily_notice import print_daily
 
@@ -60,4 +60,4 @@ def generate(prompt: options.PromptOrStdin, flags: options.GenerateFlags) -> Non
         engine = run.open_engine(model, **components, **engine_options(flags.model))
         series = replace(series, template=with_duration(series.template, flags.video.seconds, engine))
         warn_unused_flags(series.template, flags.model, engine)
-        write_series(engine, series, reserve, enhancer, flags)
+        SeriesWriter(engine, series, reserve, enhancer, flags).write_all()
