@@ -88,9 +88,7 @@ class Client:
         return answer.status, json.loads(text or b"null"), seconds, answer.headers
 
 
-def run_client(
-    server: str, bare: str, num_jobs: Iterator[int], tally: Tally, on_finished: Callable[[], object]
-) -> None:
+def run_client(server: str, bare: str, jobs: Iterator[int], tally: Tally, on_finished: Callable[[], object]) -> None:
     """Submits videos, one after the other, and waits for each."""
     to_server, to_bare = Client(server), Client(bare)
     for _ in jobs:
