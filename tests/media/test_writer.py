@@ -99,6 +99,19 @@ def test_chunks_of_any_length_make_the_same_file_as_one(tmp_path):
     assert (tmp_path / "chunks.mp4").read_bytes() == whole.read_bytes()
 
 
+def test_the_same_frames_make_the_same_file_each_time(tmp_path):
+    y, x = np.mgrid[0:192, 0:320]
+    noise = np.random.default_rng(0).integers(0, 60, (192, 320, 3))
+    waves = [128 + 60 * np.sin((x + 3 * index) / 17)[..., None] + np.roll(noise, index, 1) for index in range(25)]
+    frames = np.stack(waves).clip(0, 255).astype(np.uint8)
+    files = set()
+    for _ in range(6):
+        with VideoWriter(tmp_path / "clip.mp4", Size(320, 192), 24) as writer:
+            writer.write(frames)
+        files.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(files) == 1
+
+
 def test_torch_frames_are_written_like_numpy_frames(tmp_path):
     torch = pytest.importorskip("torch")
     frames = noise_frames(2, SIZE)
