@@ -6,38 +6,42 @@ refused: it cannot write over its successor.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from kadr.jobs.job import (
-    CANCELLED,
+    CANCELLED_ERROR,
     COMPLETED,
-    DATABASE_LOST,
     FAILED,
     IN_PROGRESS,
     QUEUED,
     SERVER_LOST,
+    STORAGE,
     WORKER_LOST,
     Job,
     JobError,
     LostClaimError,
+    StorageError,
 )
 from kadr.jobs.order import Waiting, next_job
+from kadr.jobs.restoring import restore_jobs
 from kadr.jobs.store import JobStore
-from kadr.jobs.table import Change
+from kadr.jobs.table import Change, job_from_row
 
 MAX_WORKER_LOSSES = 2  # a job that has cost so many workers is what kills them
 MAX_SERVER_LOSSES = 5  # more: a server dies for many reasons that are not its job's
-_SMOOTHING = 0.2  # weight of the newest job in the average time of one
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that a worker makes. fence: see above."""
+    """A job that a worker makes. fence: see above; began: monotonic seconds."""
 
     job: Job
+    began: float = field(default_factory=time.monotonic, compare=False)
 
     @property
     def fence(self) -> int:
@@ -45,7 +49,7 @@ class Claim:
 
 
 class JobClaims:
-    """The side of a queue that workers use.
+    """The side of a queue that workers use. Threads may share it.
 
     Args:
         store: the queue.
@@ -59,7 +63,10 @@ class JobClaims:
 
         Args:
             warm_engines: canonical JSON of the engines that the worker has in memory.
-            engines: those that it can open; None: all.
+            engines: those that it can open; None: all. Jobs of others are not passed, in the sense of the bound.
+
+        Raises:
+            StorageError: the queue cannot be read or written.
         """
         store = self.store
         if store.is_paused or not self._any_waits():
@@ -68,32 +75,26 @@ class JobClaims:
             waiting = [Waiting(*row) for row in change.rows(
                 "SELECT number, owner, priority, position, passed, engine FROM jobs "
                 "WHERE status = 'queued' AND is_deleted = 0"
-            )]  # fmt: skip
+            ) if engines is None or row["engine"] in engines]  # fmt: skip
             chosen = next_job(
-                [job for job in waiting if engines is None or job.engine in engines],
+                waiting,
                 max_passes=store.limits.max_passes,
                 warm_engines=warm_engines,
                 running=Counter(row[0] for row in change.rows("SELECT owner FROM jobs WHERE status = 'in_progress'")),
-                last_served=dict(map(tuple, change.rows("SELECT owner, MAX(fence) FROM jobs GROUP BY owner"))),
+                last_served=store.last_served,
             )
             if chosen is None:
                 return None
-            change.rows(
-                "UPDATE jobs SET passed = passed + 1 WHERE status = 'queued' AND is_deleted = 0 AND number < ?",
-                (chosen.number,),
+            change.connection.executemany(
+                "UPDATE jobs SET passed = passed + 1 WHERE number = ?",
+                [(job.number,) for job in waiting if job.number < chosen.number],
             )
-            ((attempt, fence),) = change.rows(
-                "SELECT (SELECT attempt FROM jobs WHERE number = ?), MAX(fence) FROM jobs", (chosen.number,)
-            )
-            job = change.update(
-                "number = ? AND status = ?",
-                (chosen.number, QUEUED),
-                status=IN_PROGRESS,
-                started_at=store.clock(),
-                attempt=attempt + 1,
-                fence=fence + 1,
-            )
-            return None if job is None else Claim(job)
+            ((attempt,),) = change.rows("SELECT attempt FROM jobs WHERE number = ?", (chosen.number,))
+            columns = {"started_at": store.clock(), "attempt": attempt + 1, "fence": store.table.next_fence()}
+            job = change.update("number = ?", (chosen.number,), status=IN_PROGRESS, **columns)
+        assert job is not None  # it was read in the same transaction
+        store.last_served[job.owner] = job.fence
+        return Claim(job)
 
     def current(self, claim: Claim) -> Job:
         """Returns the job of a claim as it is now, also if it was deleted.
@@ -113,13 +114,9 @@ class JobClaims:
             LostClaimError: the claim is over; nothing was changed.
             StorageError: the result could not be recorded; it is on disk, and this may be tried again.
         """
-        job = self.current(claim)
-        folders = self.store.folders
-        folders.publish(job.id, claim.fence)
-        folders.remove_attempts(job.id)
-        finished_at, size_bytes = self.store.clock(), folders.size_bytes(job.id)
-        self._finish(claim, status=COMPLETED, result=result, finished_at=finished_at, size_bytes=size_bytes)
-        self._observe(finished_at - (job.started_at or finished_at))
+        with self._claimed(claim) as (change, job):
+            self._complete_in(change, job, result)
+        self.store.observe(time.monotonic() - claim.began)
 
     def fail(self, claim: Claim, error: JobError) -> None:
         """Ends a job with an error; a cancelled one with that, whatever the worker said.
@@ -127,27 +124,25 @@ class JobClaims:
         Raises:
             LostClaimError, StorageError: as `complete`.
         """
-        if self.current(claim).cancel_requested:
-            error = JobError(CANCELLED, "it was cancelled")
-        self._finish(claim, status=FAILED, error=error, finished_at=self.store.clock())
-        self.store.folders.remove_attempts(claim.job.id)
+        with self._claimed(claim) as (change, job):
+            self._fail_in(change, job, error)
 
     def give_back(self, claim: Claim) -> None:
         """Puts a job back where it was in the queue, because its worker stops; it costs no attempt.
 
+        If its result is on disk whole, it is completed.
+
         Raises:
             LostClaimError, StorageError: as `complete`.
         """
-        if self.current(claim).cancel_requested:
-            self.fail(claim, JobError(CANCELLED, "it was cancelled"))
-            return
-        with self.store.table.change() as change:
-            condition, values = _of_claim(claim)
-            if change.update(condition, values, status=QUEUED, attempt=claim.job.attempt - 1, started_at=None) is None:
-                raise _lost(claim)
+        with self._claimed(claim) as (change, job):
+            if not self._end_if_settled(change, job):
+                self._requeue_in(change, job, attempt=job.attempt - 1)
 
     def lose_worker(self, claim: Claim, reason: str) -> None:
         """Puts the job of a worker that died back into the queue, or fails it if it was not the first.
+
+        If its result is on disk whole, it is completed.
 
         Args:
             reason: says what became of the worker, as the subject of a sentence: "the worker ended with -9".
@@ -160,81 +155,82 @@ class JobClaims:
     def recover(self) -> None:
         """Settles jobs that were in progress when the queue was last closed or its process died.
 
-        What is on disk whole is completed; what was cancelled has failed; the rest goes back into the queue, but for a
-        job that has been in progress at the death of too many servers. Folders without a job are removed; where the
-        database was lost, they become jobs again, which nobody makes twice without being asked to.
+        A job whose result is on disk whole is completed; one that was cancelled has failed; the others go back into the
+        queue, but for one that has been in progress at the death of too many servers. See also `restore_jobs`.
 
         Raises:
             StorageError: as `complete`.
         """
-        if self.store.table.database.is_new:
-            self._restore_jobs()
-        for job in self.store.table.rows("status = ?", (IN_PROGRESS,)):
-            claim = Claim(job)
-            if (result := self.store.folders.read_result(job.id, job.fence)) is not None:
-                self.complete(claim, result)
-            else:
+        for job in self.store.table.rows("status IN (?, ?)", (QUEUED, IN_PROGRESS)):
+            if job.status == IN_PROGRESS:
                 reason = "the server ended while it was made"
-                self._lose(claim, "server_losses", MAX_SERVER_LOSSES, SERVER_LOST, reason)
-        known = {job_id for (job_id,) in self.store.table.database.rows("SELECT id FROM jobs WHERE is_deleted = 0")}
-        for job_id in set(self.store.folders.job_ids()) - known:
-            self.store.folders.remove(job_id)
-        with self.store.table.change() as change:
-            change.rows("DELETE FROM jobs WHERE is_deleted = 1")
+                self._lose(Claim(job), "server_losses", MAX_SERVER_LOSSES, SERVER_LOST, reason)
+            elif (result := self.store.folders.read_result(job.id, job.fence)) is not None:
+                with self.store.table.change() as change:  # only of a database that was put back from a backup
+                    self._complete_in(change, job, result)
+        restore_jobs(self.store)
+        self.store.remove_deleted()
 
-    def _lose(self, claim: Claim, counter: str, limit: int, code: str, reason: str) -> None:
-        if self.current(claim).cancel_requested:
-            self.fail(claim, JobError(CANCELLED, "it was cancelled"))
-            return
-        condition, values = _of_claim(claim)
+    @contextmanager
+    def _claimed(self, claim: Claim) -> Iterator[tuple[Change, Job]]:
+        """Opens a transaction for the end of a claim, with its job; removes the job afterwards if it was deleted.
+
+        No other worker can claim the job before the block ends: until then its folder is this claim's.
+        """
         with self.store.table.change() as change:
-            rows = change.rows(f"SELECT {counter} FROM jobs WHERE {condition}", values)
+            condition, values = _of_claim(claim)
+            rows = change.rows(f"SELECT * FROM jobs WHERE {condition}", values)
             if not rows:
                 raise _lost(claim)
-            losses = rows[0][0] + 1
+            yield change, job_from_row(rows[0])
+        if rows[0]["is_deleted"]:
+            with suppress(StorageError):  # its files go later
+                self.store.remove_deleted()
+
+    def _lose(self, claim: Claim, counter: str, limit: int, code: str, reason: str) -> None:
+        with self._claimed(claim) as (change, job):
+            if self._end_if_settled(change, job):
+                return
+            ((losses,),) = change.rows(f"SELECT {counter} + 1 FROM jobs WHERE id = ?", (job.id,))
             if losses < limit:
-                change.update(condition, values, status=QUEUED, started_at=None, **{counter: losses})
+                self._requeue_in(change, job, **{counter: losses})
             else:
                 error = JobError(code, f"{reason}, {losses} times. Ask for less, or look into the server's log.")
-                self._fail_in(change, condition, values, error, **{counter: losses})
+                self._fail_in(change, job, error, **{counter: losses})
 
-    def _finish(self, claim: Claim, **columns: Any) -> None:
-        condition, values = _of_claim(claim)
-        with self.store.table.change() as change:
-            job = change.update(condition, values, **columns, cancel_requested=0)
-            if job is None:
-                raise _lost(claim)
-            is_deleted = change.announced[-1].is_deleted
-            if is_deleted:
-                change.rows("DELETE FROM jobs WHERE id = ?", (job.id,))
-        if is_deleted:
-            self.store.folders.remove(job.id)
+    def _end_if_settled(self, change: Change, job: Job) -> bool:
+        """Ends a job that is whole on disk, or that was cancelled; returns false for another."""
+        if (result := self.store.folders.read_result(job.id, job.fence)) is not None:
+            self._complete_in(change, job, result)
+        elif job.cancel_requested:
+            self._fail_in(change, job, CANCELLED_ERROR)
+        else:
+            return False
+        return True
 
-    def _fail_in(self, change: Change, condition: str, values: Any, error: JobError, **columns: Any) -> None:
-        change.update(condition, values, status=FAILED, error=error, finished_at=self.store.clock(), **columns)
+    def _complete_in(self, change: Change, job: Job, result: Mapping[str, Any]) -> None:
+        if self.store.folders.publish(job.id, job.fence):
+            self._end_in(change, job, status=COMPLETED, result=result)
+        else:
+            message = "its files were removed before it was completed. Submit it again."
+            self._fail_in(change, job, JobError(STORAGE, message))
+
+    def _fail_in(self, change: Change, job: Job, error: JobError, **columns: Any) -> None:
+        error = CANCELLED_ERROR if job.cancel_requested else error
+        self._end_in(change, job, status=FAILED, error=error, **columns)
+
+    def _end_in(self, change: Change, job: Job, **columns: Any) -> None:
+        self.store.folders.remove_attempts(job.id)
+        times = {"finished_at": self.store.end_time(job), "size_bytes": self.store.folders.size_bytes(job.id)}
+        change.update("id = ?", (job.id,), cancel_requested=0, **times, **columns)
+
+    def _requeue_in(self, change: Change, job: Job, **columns: Any) -> None:
+        self.store.folders.remove_attempts(job.id)
+        change.update("id = ?", (job.id,), status=QUEUED, started_at=None, **columns)
 
     def _any_waits(self) -> bool:
         query = "SELECT 1 FROM jobs WHERE status = 'queued' AND is_deleted = 0 LIMIT 1"
         return bool(self.store.table.database.rows(query))
-
-    def _observe(self, seconds: float) -> None:
-        """Takes the time that a job took into the average."""
-        average = self.store.seconds_per_job
-        self.store.seconds_per_job = seconds if average is None else average + _SMOOTHING * (seconds - average)
-
-    def _restore_jobs(self) -> None:
-        """Makes jobs of the folders that a lost database leaves: completed with their result, or failed."""
-        submitted = {job_id: self.store.folders.read_submitted(job_id) for job_id in self.store.folders.job_ids()}
-        found = [(data.get("created_at", 0.0), job_id, data) for job_id, data in submitted.items() if data]
-        for position, (created_at, job_id, data) in enumerate(sorted(found, key=lambda item: item[:2])):
-            result = self.store.folders.read_result(job_id, -1)
-            lost = JobError(DATABASE_LOST, "the queue's database was lost before this was made. Submit it again.")
-            outcome = {"status": FAILED, "error": lost} if result is None else {"status": COMPLETED, "result": result}
-            columns = {key: data[key] for key in ("owner", "priority", "engine", "request", "labels")}
-            with self.store.table.change() as change:
-                size_bytes = self.store.folders.size_bytes(job_id)
-                times = {"created_at": created_at, "finished_at": created_at, "size_bytes": size_bytes}
-                change.insert(id=job_id, position=position, **columns, **outcome, **times)
 
 
 def _of_claim(claim: Claim) -> tuple[str, tuple[Any, ...]]:

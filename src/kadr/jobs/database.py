@@ -1,17 +1,19 @@
-"""The SQLite database of a queue: one table, with its schema number; opened, upgraded, or set aside where damaged."""
+"""The SQLite database of a queue: one table, with its schema number; opened, or set aside where it is damaged."""
 
 from __future__ import annotations
 
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 from kadr.errors import KadrWarning
 from kadr.file_names import replace_file
 from kadr.jobs.job import StorageError
+from kadr.regular_file import open_regular
 from kadr.version import __version__
 
 SCHEMA_NUMBER = 1
@@ -19,9 +21,11 @@ SCHEMA_NUMBER = 1
 _WAL_FIXED_IN = (3, 51, 3)
 _WAL_FIXED_PATCH = {(3, 44): 6, (3, 50): 7}  # of versions that got the fix later
 _BUSY_SECONDS = 10.0  # to wait for a backup program that reads the file
+_MAGIC, _NUMBER_BYTES = b"SQLite format 3\0", slice(60, 64)  # of a file; see https://sqlite.org/fileformat.html
+_DAMAGE = ("malformed", "not a database", "Could not decode", "no such table", "no such column")
 
 _CREATE = """
-CREATE TABLE jobs (
+CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     owner TEXT NOT NULL,
@@ -50,9 +54,10 @@ CREATE TABLE jobs (
     CHECK ((status = 'completed') = (result IS NOT NULL)),
     CHECK ((status = 'failed') = (error IS NOT NULL))
 );
-CREATE INDEX jobs_by_status ON jobs (status, number);
-CREATE INDEX jobs_by_owner ON jobs (owner, number);
-CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, number);
+CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs (owner, number);
+CREATE INDEX IF NOT EXISTS jobs_deleted ON jobs (id) WHERE is_deleted = 1;
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
 """
 
 
@@ -60,35 +65,32 @@ class Database:
     """A connection that threads share, one transaction at a time.
 
     Args:
-        path: of the file; made where it is missing.
+        path: of the file; made where it is missing, or damaged and set aside.
+        read_row: reads a row of the table; raises ValueError, TypeError or KeyError for one that is damaged.
 
     Raises:
         StorageError: the file cannot be opened, or a newer kadr wrote it. It is left as it is.
 
     Attributes:
-        is_new: the file was made, because there was none or because it was damaged and set aside.
+        is_new: the table is empty because there was no file, or only a damaged one. It stays so, also for the next
+            process, until `mark_complete` is called: what a lost database had is found beside it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read_row: Callable[[sqlite3.Row], object] = lambda row: None) -> None:
         self.path, self._lock = path, RLock()
-        self.is_new = not path.exists()
-        if not self.is_new and (reason := _find_damage(path)) is not None:
-            _set_aside(path, reason)
-            self.is_new = True
         with _explain_errors(path):
+            _refuse_newer(path, _number_in_header(path))
+            if path.exists() and (reason := _find_damage(path, read_row)) is not None:
+                _set_aside(path, reason)
             self._connection = _connect(path)
-            self._create_or_upgrade()
+            self.is_new = self._connection.execute("PRAGMA user_version").fetchone()[0] == 0
+            if self.is_new:
+                self._connection.executescript(f"BEGIN;{_CREATE}COMMIT;")
 
-    def _create_or_upgrade(self) -> None:
-        (number,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if number > SCHEMA_NUMBER:
-            self._connection.close()
-            raise StorageError(
-                f"the queue in {self.path} has the schema number {number}; kadr {__version__} reads numbers up to "
-                f"{SCHEMA_NUMBER}. A newer kadr wrote it: update kadr, or choose another folder."
-            )
-        if number == 0:
-            self._connection.executescript(f"BEGIN;{_CREATE}PRAGMA user_version = {SCHEMA_NUMBER};COMMIT;")
+    def mark_complete(self, connection: sqlite3.Connection) -> None:
+        """Ends `is_new`, within a transaction that inserts what a lost database had."""
+        connection.execute(f"PRAGMA user_version = {SCHEMA_NUMBER}")
+        self.is_new = False
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -98,6 +100,7 @@ class Database:
             StorageError: the disk is full, or the file cannot be written.
         """
         with self._lock, _explain_errors(self.path):
+            self.restore_if_deleted()
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -107,35 +110,32 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def rows(self, query: str, values: object = ()) -> list[sqlite3.Row]:
+    def rows(self, query: str, values: Any = ()) -> list[sqlite3.Row]:
         """Returns the rows of a query that only reads.
 
         Raises:
             StorageError: the file cannot be read.
         """
         with self._lock, _explain_errors(self.path):
-            return self._connection.execute(query, values).fetchall()  # type: ignore[arg-type]
+            return self._connection.execute(query, values).fetchall()
 
-    def restore_if_deleted(self) -> bool:
+    def restore_if_deleted(self) -> None:
         """Writes the database anew where somebody deleted its file, from what this connection still reads.
-
-        Returns:
-            True if the file was gone.
 
         Raises:
             StorageError: it cannot be written.
         """
         with self._lock, _explain_errors(self.path):
             if self.path.exists():
-                return False
+                return
             restored = self.path.with_suffix(".restored")
             restored.unlink(missing_ok=True)
             with closing(sqlite3.connect(restored)) as target:
                 self._connection.backup(target)
-            self._connection.close()
+            self._connection.close()  # first: it removes its journal, by name
             replace_file(restored, self.path)
             self._connection = _connect(self.path)
-            return True
+        warnings.warn(KadrWarning(f"somebody deleted {self.path}; it was written again, with all jobs."), stacklevel=2)
 
     def close(self) -> None:
         """Closes the file."""
@@ -158,19 +158,54 @@ def _is_wal_safe(version: tuple[int, ...]) -> bool:
     return (major, minor, patch) >= _WAL_FIXED_IN or (fixed_patch is not None and patch >= fixed_patch)
 
 
-def _find_damage(path: Path) -> str | None:
-    """Returns what is wrong with a database file, or None."""
+def _number_in_header(path: Path) -> int:
+    """Returns the schema number in a file that SQLite has not opened: opening one may change it. 0 for other files."""
+    try:
+        with open_regular(path) as file:
+            header = file.read(_NUMBER_BYTES.stop)
+    except FileNotFoundError:
+        return 0
+    return int.from_bytes(header[_NUMBER_BYTES], "big") if header.startswith(_MAGIC) else 0
+
+
+def _refuse_newer(path: Path, number: int) -> None:
+    if number > SCHEMA_NUMBER:
+        raise StorageError(
+            f"the queue in {path} has the schema number {number}; kadr {__version__} reads numbers up to "
+            f"{SCHEMA_NUMBER}. A newer kadr wrote it: update kadr, or choose another folder."
+        )
+
+
+def _find_damage(path: Path, read_row: Callable[[sqlite3.Row], object]) -> str | None:
+    """Returns what is wrong with a database file, or None.
+
+    Raises:
+        StorageError: a newer kadr wrote it, and had not finished when it ended.
+        sqlite3.Error: the system does not let it be read, which says nothing of the file.
+    """
     try:
         with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as connection:
-            ((verdict, *_),) = connection.execute("PRAGMA quick_check(1)").fetchall()
+            connection.row_factory = sqlite3.Row
+            ((verdict, *_),) = connection.execute("PRAGMA integrity_check(1)").fetchall()
+            if verdict != "ok":
+                return str(verdict)
             (number,) = connection.execute("PRAGMA user_version").fetchone()
-            if verdict == "ok" and number == SCHEMA_NUMBER:
-                connection.execute("SELECT id, seq FROM jobs LIMIT 1").fetchall()
-            return None if verdict == "ok" else str(verdict)
+            _refuse_newer(path, number)
+            if number:
+                for row in connection.execute("SELECT * FROM jobs"):
+                    read_row(row)
+            return None
+    except (ValueError, TypeError, KeyError) as error:
+        return f"a row of it: {error}"
     except sqlite3.DatabaseError as error:
-        if _is_refused_by_system(error):
-            raise StorageError(f"the queue in {path} cannot be opened: {error}. Make it readable.") from error
+        if not _is_damage(error):
+            raise
         return str(error)
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Tells whether the contents of a file are at fault, rather than the system that does not let it be used."""
+    return any(words in str(error) for words in _DAMAGE)
 
 
 def _set_aside(path: Path, reason: str) -> None:
@@ -178,10 +213,10 @@ def _set_aside(path: Path, reason: str) -> None:
     number = 1
     while (aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
         number += 1
-    replace_file(path, aside)
-    for ending in ("-journal", "-wal", "-shm"):
+    for ending in ("-journal", "-wal", "-shm"):  # first: a new database would be damaged by an old journal
         if (journal := path.with_name(path.name + ending)).exists():
             replace_file(journal, aside.with_name(aside.name + ending))
+    replace_file(path, aside)
     warnings.warn(
         KadrWarning(
             f"the queue in {path} is damaged ({reason}). It is kept as {aside.name}; a new one begins, with the "
@@ -191,11 +226,6 @@ def _set_aside(path: Path, reason: str) -> None:
     )
 
 
-def _is_refused_by_system(error: sqlite3.Error) -> bool:
-    """Tells whether the system refused to open or write a file, rather than the file being damaged."""
-    return isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error)
-
-
 @contextmanager
 def _explain_errors(path: Path) -> Iterator[None]:
     try:
@@ -203,6 +233,10 @@ def _explain_errors(path: Path) -> Iterator[None]:
     except sqlite3.IntegrityError:
         raise  # a bug, or what a caller handles
     except (sqlite3.Error, OSError) as error:
-        raise StorageError(
-            f"the queue in {path} cannot be used: {error}. Check the disk's free space and the file's permissions."
-        ) from error
+        is_damage = isinstance(error, sqlite3.Error) and _is_damage(error)
+        way_out = (
+            "Start again: it is then set aside, and the videos beside it are found."
+            if is_damage
+            else "Check the disk's free space and the file's permissions."
+        )
+        raise StorageError(f"the queue in {path} cannot be used: {error}. {way_out}") from error

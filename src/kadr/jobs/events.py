@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -44,23 +46,36 @@ Subscriber = Callable[[Event], object]
 class EventLog:
     """Keeps the newest events and calls subscribers with each. Threads may share it.
 
+    Args:
+        log: takes lines for the operator.
+
     Attributes:
         boot_id: differs for each process: numbers of another one mean nothing here.
     """
 
-    def __init__(self, max_events: int = DEFAULT_MAX_EVENTS) -> None:
+    def __init__(
+        self, max_events: int = DEFAULT_MAX_EVENTS, *, log: Callable[[str], object] = lambda line: None
+    ) -> None:
+        self._log = log
         self.boot_id = secrets.token_hex(4)
         self._events: deque[Event] = deque(maxlen=max_events)
         self._subscribers: list[Subscriber] = []
         self._lock = Lock()
 
     def publish(self, event: Event) -> None:
-        """Adds an event and calls each subscriber with it, which must return at once."""
+        """Adds an event and calls each subscriber with it, which must return at once.
+
+        A subscriber that raises is called no more, and logged: whoever caused the event has nothing to do with it.
+        """
         with self._lock:
             self._events.append(event)
             subscribers = tuple(self._subscribers)
         for subscriber in subscribers:
-            subscriber(event)
+            try:
+                subscriber(event)
+            except Exception as error:
+                self._unsubscribe(subscriber)
+                self._log(f"a subscriber of events ended with {type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Tells every subscriber that nothing follows."""
@@ -80,8 +95,8 @@ class EventLog:
         with self._lock:
             self._subscribers.append(subscriber)
 
-        def unsubscribe() -> None:
-            with self._lock:
-                self._subscribers.remove(subscriber)
+        return partial(self._unsubscribe, subscriber)
 
-        return unsubscribe
+    def _unsubscribe(self, subscriber: Subscriber) -> None:
+        with self._lock, suppress(ValueError):  # it may have ended already
+            self._subscribers.remove(subscriber)

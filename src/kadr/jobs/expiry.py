@@ -35,7 +35,7 @@ class Retention:
 
 
 def delete_expired(store: JobStore, retention: Retention) -> list[str]:
-    """Deletes the jobs that are not kept any longer, and returns their ids.
+    """Deletes the jobs that are not kept any longer, and returns their ids; those that finished first go first.
 
     A clock that was set back only delays that.
 
@@ -48,7 +48,7 @@ def delete_expired(store: JobStore, retention: Retention) -> list[str]:
         expired += store.table.database.rows("SELECT id FROM jobs WHERE finished_at < ? AND is_deleted = 0", (oldest,))
     if retention.max_bytes is not None:
         expired += store.table.database.rows(
-            "SELECT id FROM (SELECT id, SUM(size_bytes) OVER (ORDER BY number DESC) AS total FROM jobs "
+            "SELECT id FROM (SELECT id, SUM(size_bytes) OVER (ORDER BY seq DESC) AS total FROM jobs "
             "WHERE status IN ('completed', 'failed') AND is_deleted = 0) WHERE total > ?",
             (retention.max_bytes,),
         )

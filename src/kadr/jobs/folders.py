@@ -57,34 +57,64 @@ class JobFolders:
         """Makes the folder of a new job, with what was submitted, from which a lost database is restored.
 
         Raises:
+            FileExistsError: the id is taken.
             StorageError: the disk is full, or the folder cannot be written.
         """
         folder = self.path(job_id)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        try:
             write_json(folder / JOB_FILE, submitted)
         except (OSError, CheckpointError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise storage_error(folder, error) from error
         return folder
 
+    def sync_media(self, job_id: str) -> None:
+        """Waits until the media of a new job are on disk, if it has any: it must survive a power cut from then on.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        folder = self.path(job_id)
+        try:
+            if any(entry.name != JOB_FILE for entry in os.scandir(folder)):
+                sync_files(folder)
+                sync_folder(self.root)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+
     def read_submitted(self, job_id: str) -> dict[str, Any] | None:
-        """Returns what was submitted, or None where it cannot be read."""
+        """Returns what was submitted, or None where that is damaged."""
         return _read_object(self.path(job_id) / JOB_FILE)
 
-    def publish(self, job_id: str, fence: int) -> None:
+    def publish(self, job_id: str, fence: int) -> bool:
         """Makes the complete folder of an attempt the result. Does nothing where that has happened.
+
+        Returns:
+            False if there is no complete folder: somebody removed it.
 
         Raises:
             StorageError: the folder cannot be written.
         """
         attempt, output = self.attempt(job_id, fence), self.output(job_id)
-        if not output.exists():
-            try:
-                replace_file(attempt, output)
-                sync_folder(output.parent)
-            except OSError as error:
-                raise storage_error(output, error) from error
+        if _read_object(output / RESULT_FILE) is not None:
+            return True
+        if _read_object(attempt / RESULT_FILE) is None:
+            return False
+        try:
+            if output.exists():  # damaged: its result cannot be read
+                shutil.rmtree(output)
+            replace_file(attempt, output)
+            sync_folder(output.parent)
+        except OSError as error:
+            raise storage_error(output, error) from error
+        return True
 
     def read_result(self, job_id: str, fence: int) -> dict[str, Any] | None:
         """Returns the result of a claim: what its worker wrote last, when everything else was on disk; or None."""
@@ -93,24 +123,38 @@ class JobFolders:
                 return result
         return None
 
-    def remove_attempts(self, job_id: str, *, but_fence: int | None = None) -> None:
-        """Removes what workers left that did not finish, but for the attempt with this fence."""
+    def attempts(self, job_id: str) -> list[int]:
+        """Returns the fences of the attempts that have a folder, the newest first."""
         with suppress(FileNotFoundError):
-            for entry in os.scandir(self.path(job_id)):
-                if (match := _ATTEMPT.fullmatch(entry.name)) and int(match[1]) != but_fence:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+            matches = [_ATTEMPT.fullmatch(entry.name) for entry in os.scandir(self.path(job_id))]
+            return sorted((int(match[1]) for match in matches if match), reverse=True)
+        return []
 
-    def remove(self, job_id: str) -> None:
-        """Removes the folder of a job."""
-        shutil.rmtree(self.path(job_id), ignore_errors=True)
+    def finished_at(self, job_id: str) -> float | None:
+        """Returns when a result was written, in seconds since 1970; None where there is none."""
+        with suppress(OSError):
+            return os.stat(self.output(job_id) / RESULT_FILE).st_mtime
+        return None
+
+    def remove_attempts(self, job_id: str) -> None:
+        """Removes what workers left that did not finish."""
+        for fence in self.attempts(job_id):
+            shutil.rmtree(self.attempt(job_id, fence), ignore_errors=True)
+
+    def remove(self, job_id: str) -> bool:
+        """Removes the folder of a job. Returns false if something of it is still there: Windows keeps open files."""
+        folder = self.path(job_id)
+        shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
 
     def size_bytes(self, job_id: str) -> int:
         """Returns the bytes of all files of a job."""
-        return sum(
-            os.lstat(os.path.join(folder, name)).st_size
-            for folder, _, names in os.walk(self.path(job_id))
-            for name in names
-        )
+        size = 0
+        for folder, _, names in os.walk(self.path(job_id)):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    size += os.lstat(os.path.join(folder, name)).st_size
+        return size
 
     def job_ids(self) -> Iterator[str]:
         """Yields the ids of the jobs that have a folder."""
@@ -126,23 +170,43 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     Raises:
         OSError, CheckpointError: the folder cannot be written.
     """
-    for entry in os.scandir(folder):
-        if entry.is_file(follow_symlinks=False):
-            with open(entry.path, "rb+") as file:
-                os.fsync(file.fileno())
+    sync_files(folder)
     write_json(folder / RESULT_FILE, result, fsync=True)
     sync_folder(folder)
 
 
-def storage_error(path: Path, error: Exception) -> StorageError:
+def sync_files(folder: Path) -> None:
+    """Waits until all files of a folder and of those in it are on disk.
+
+    Raises:
+        OSError: one of them cannot be written.
+    """
+    for entry in os.scandir(folder):
+        if entry.is_file(follow_symlinks=False):
+            with open(entry.path, "rb+") as file:
+                os.fsync(file.fileno())
+        elif entry.is_dir(follow_symlinks=False):
+            sync_files(Path(entry.path))
+    sync_folder(folder)
+
+
+def storage_error(path: Path, error: BaseException) -> StorageError:
     """Returns the error for a path of the queue that the system refused."""
-    reason = getattr(error, "strerror", None) or error
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    reason = getattr(cause, "strerror", None) or cause
     return StorageError(f"{path} cannot be written: {reason}. Check the disk's free space and its permissions.")
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
+    """Returns the JSON object in a file; None where there is no file, or it is damaged.
+
+    Raises:
+        StorageError: the system does not let it be read, which says nothing of the file.
+    """
     try:
         data = parse_json(read_text(path))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
     return data if isinstance(data, dict) else None

@@ -23,6 +23,8 @@ CANCELLED = "cancelled"
 WORKER_LOST = "worker_lost"
 SERVER_LOST = "server_lost"
 DATABASE_LOST = "database_lost"
+STORAGE = "storage"
+DISK_FULL = "disk_full"
 
 
 class UnknownJobError(KadrError):
@@ -64,6 +66,9 @@ class JobError:
         object.__setattr__(self, "message", one_line(self.message, MAX_LINE))
 
 
+CANCELLED_ERROR = JobError(CANCELLED, "it was cancelled")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
     """A job to submit.
@@ -84,7 +89,7 @@ class NewJob:
 
     def __post_init__(self) -> None:
         check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, is_whole=True)
-        if not isinstance(self.owner, str):
+        if not isinstance(self.owner, str) or not is_utf8(self.owner):
             raise RequestError(f"the owner of a job is {quote(self.owner)}; it must be text.")
 
 
@@ -164,6 +169,11 @@ def is_job_id(text: str) -> bool:
     """Tells whether a text has the form of an id, and so is safe as the name of a folder."""
     digits = text.removeprefix(ID_PREFIX)
     return text.startswith(ID_PREFIX) and len(digits) == 2 * _ID_BYTES and not set(digits) - set("0123456789abcdef")
+
+
+def is_utf8(text: str) -> bool:
+    """Tells whether a text can be stored: it has no half of a character in it."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def canonical_json(data: Mapping[str, Any]) -> str:

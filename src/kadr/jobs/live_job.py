@@ -34,6 +34,7 @@ class LiveJob:
     """A job in progress, with what its worker reported; nothing of it is stored.
 
     Args:
+        has_started: its worker has begun it: from then on, it may be what kills the worker.
         progress: the newest report.
         seconds_left: of the whole job, estimated; None before the plan is known.
     """
@@ -41,6 +42,7 @@ class LiveJob:
     claim: Claim
     worker: str
     began: float
+    has_started: bool = False
     progress: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Decides which job is next: by priority, in turns among owners, with warm models used while nobody waits too long.
+"""The order of jobs: by priority and position, in turns among owners, warm models first while nobody waits too long.
 
 Nobody is passed over more often than a bound: a job is passed when one that was submitted later is claimed before it.
 Jobs that were passed that often go first, in the order of their submission, and then every older job has been passed
@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from kadr.jobs.job import Job
+from kadr.jobs.table import Change
+
+_UNFINISHED = "status IN ('queued', 'in_progress')"  # a job in progress may go back to where it was
 
 
 @dataclass(frozen=True)
@@ -51,4 +56,33 @@ def next_job(
     return min(
         warm or candidates,
         key=lambda job: (running.get(job.owner, 0), last_served.get(job.owner, 0), job.position, job.number),
+    )
+
+
+def last_position(change: Change) -> float:
+    """Returns the highest position of a job that is not finished; 0 where there is none."""
+    ((position,),) = change.rows(f"SELECT COALESCE(MAX(position), 0) FROM jobs WHERE {_UNFINISHED}")
+    return float(position)
+
+
+def position_before(change: Change, other: Job, job_id: str) -> float:
+    """Returns a position for a job between another one and the one before that; renumbers where no number is left."""
+    for position in (other.position, None):
+        if position is None:
+            _renumber(change)
+            ((position,),) = change.rows("SELECT position FROM jobs WHERE id = ?", (other.id,))
+        query = f"SELECT MAX(position) FROM jobs WHERE {_UNFINISHED} AND position < ? AND id <> ?"
+        ((previous,),) = change.rows(query, (position, job_id))
+        lower = position - 2 if previous is None else previous
+        middle = float((lower + position) / 2)
+        if lower < middle < position:
+            return middle
+    raise AssertionError("no position between whole numbers")
+
+
+def _renumber(change: Change) -> None:
+    """Gives the jobs that are not finished the positions 1, 2, 3 ... in their order."""
+    change.rows(
+        "UPDATE jobs SET position = ranked.place FROM (SELECT id, ROW_NUMBER() OVER (ORDER BY position, number) "
+        f"AS place FROM jobs WHERE {_UNFINISHED}) AS ranked WHERE jobs.id = ranked.id"
     )

@@ -49,11 +49,15 @@ class JobQueue:
         clock: Callable[[], float] = time.time,
         log: Callable[[str], object] = lambda line: None,
     ) -> None:
-        self.events, self.retention, self._log = EventLog(), retention or Retention(), log
+        self.events, self.retention, self._log = EventLog(log=log), retention or Retention(), log
         self._supervisor: Supervisor | None = None
         self.store = JobStore(folder, limits, announce=self._announce, clock=clock)
         self.claims = JobClaims(self.store)
-        self.claims.recover()
+        try:
+            self.claims.recover()
+        except BaseException:
+            self.store.close()
+            raise
         self.supervisor = self._supervisor = Supervisor(
             self.claims, self.events, makers, patience=patience, min_free_bytes=min_free_bytes, log=log
         )
@@ -83,8 +87,8 @@ class JobQueue:
     def _maintain(self) -> None:
         while not self._is_closed.wait(MAINTENANCE_SECONDS):
             try:
-                if self.store.table.database.restore_if_deleted():
-                    self._log(f"somebody deleted {self.store.table.database.path}; it was written again")
+                self.store.table.database.restore_if_deleted()
+                self.store.remove_deleted()
                 for job_id in delete_expired(self.store, self.retention):
                     self._log(f"{job_id} has expired and was deleted")
                 for keep_house in self.housekeeping:

@@ -5,34 +5,39 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kadr.errors import RequestError
+from kadr.errors import CheckpointError, RequestError
 from kadr.jobs.folders import JobFolders, storage_error
 from kadr.jobs.job import (
-    CANCELLED,
+    CANCELLED_ERROR,
     FAILED,
     IN_PROGRESS,
     QUEUED,
     STATUSES,
     Job,
     JobConflictError,
-    JobError,
     NewJob,
     QueueFullError,
     QueueLimits,
+    StorageError,
+    UnknownJobError,
     canonical_json,
+    is_job_id,
+    is_utf8,
     new_job_id,
 )
+from kadr.jobs.order import last_position, position_before
 from kadr.jobs.table import PAUSED_FILE, Announce, Change, JobTable, find_job
 from kadr.quoting import quote
 from kadr.validation import check_range
 
 MAX_PAGE = 1000
 DEFAULT_RETRY_SECONDS = 10.0  # of a full queue, before any job has finished
-_CANCELLED_ERROR = JobError(CANCELLED, "it was cancelled")
+_SMOOTHING = 0.2  # weight of the newest job in the average time of one
 _VISIBLE = "is_deleted = 0"
 
 
@@ -57,6 +62,10 @@ class JobStore:
 
     Raises:
         StorageError: as `JobTable`.
+
+    Attributes:
+        seconds_per_job: a moving average, for `QueueFullError.retry_after`; None before any job has finished.
+        last_served: owner -> fence of its last claim, also of jobs that were deleted.
     """
 
     def __init__(
@@ -72,7 +81,9 @@ class JobStore:
         self.folders = JobFolders(folder / "jobs")
         self._paused_file = folder / PAUSED_FILE
         self.is_paused = self._paused_file.exists()
-        self.seconds_per_job: float | None = None  # a moving average, for `QueueFullError.retry_after`
+        self.seconds_per_job: float | None = None
+        query = "SELECT owner, MAX(fence) FROM jobs GROUP BY owner"
+        self.last_served: dict[str, int] = dict(map(tuple, self.table.database.rows(query)))
 
     def submit(
         self,
@@ -87,41 +98,48 @@ class JobStore:
 
         Args:
             idempotency_key: chosen by whoever submits; a second job of one owner with the same key is the first one.
-            fill: called with the job's folder, to put its media there.
+            fill: called with the job's folder, to put its media there. If it raises, there is no job.
             job_id: its id; by default a new one.
             max_queued: of this owner's jobs, instead of the limit for every owner.
 
         Raises:
             QueueFullError: there is no room, or none for this owner.
-            JobConflictError: the key was used for another job.
+            JobConflictError: the key was used for another job, or the id is taken.
             StorageError: the disk is full, or the folder cannot be written.
         """
+        if idempotency_key is not None and not is_utf8(idempotency_key):
+            raise RequestError(f"the idempotency key is {quote(idempotency_key)}; it must be text.")
         digest = hashlib.sha256(
             canonical_json({"request": new_job.request, "engine": new_job.engine, "labels": new_job.labels}).encode()
         ).hexdigest()
         if (earlier := self._find_earlier(new_job.owner, idempotency_key, digest)) is not None:
             return earlier
         self._refuse_if_full(new_job.owner, max_queued)
-        job_id, created_at = job_id or new_job_id(), self.clock()
+        job_id = job_id or new_job_id()
         columns = {
             "id": job_id,
             "owner": new_job.owner,
             "priority": new_job.priority,
-            "created_at": created_at,
+            "created_at": self.clock(),
             "engine": new_job.engine,
             "request": new_job.request,
             "labels": new_job.labels,
+            "idempotency_key": idempotency_key,
+            "idempotency_digest": digest,
         }
-        folder = self.folders.create(job_id, columns)
         try:
-            fill(folder)
+            folder = self.folders.create(job_id, columns)
+        except FileExistsError as error:
+            raise JobConflictError(f"the id {quote(job_id)} is taken. Use a new one.") from error
+        try:
+            _fill_folder(folder, fill)
+            self.folders.sync_media(job_id)
             with self.table.change() as change:  # looked at again: the lock was free meanwhile
                 if (earlier := self._find_earlier(new_job.owner, idempotency_key, digest)) is None:
                     self._refuse_if_full(new_job.owner, max_queued)
-                    key = {"idempotency_key": idempotency_key, "idempotency_digest": digest} if idempotency_key else {}
-                    return change.insert(**columns, **key, status=QUEUED, position=_last_position(change) + 1)
+                    return change.insert(**columns, status=QUEUED, position=last_position(change) + 1)
         except BaseException:
-            self.folders.remove(job_id)
+            self._remove_unless_accepted(job_id)
             raise
         self.folders.remove(job_id)
         return earlier
@@ -133,7 +151,8 @@ class JobStore:
             UnknownJobError: there is none, or it is another owner's.
         """
         condition, values = _of_owner(owner)
-        return find_job(self.table.rows(f"id = ? AND {condition}", (job_id, *values)), job_id)
+        found = self.table.rows(f"id = ? AND {condition}", (job_id, *values)) if is_job_id(job_id) else []
+        return find_job(found, job_id)
 
     def jobs(
         self,
@@ -160,12 +179,13 @@ class JobStore:
             condition += f" AND status IN ({', '.join('?' * len(statuses))})"
             values += tuple(statuses)
         if after is not None:
-            of_owner, owner_values = _of_owner(owner)
-            found = self.table.rows(f"id = ? AND {of_owner}", (after, *owner_values))
-            if not found:
-                raise RequestError(f"after is {quote(after)}; there is no such job. Begin again without it.")
+            try:
+                last = self.get(after, owner)
+            except UnknownJobError as error:
+                message = f"after is {quote(after)}; there is no such job. Begin again without it."
+                raise RequestError(message) from error
             condition += f" AND number {'<' if newest_first else '>'} ?"
-            values += (found[0].number,)
+            values += (last.number,)
         order = "DESC" if newest_first else "ASC"
         found = self.table.rows(f"{condition} ORDER BY number {order} LIMIT ?", (*values, limit + 1))
         return JobPage(found[:limit], len(found) > limit)
@@ -197,7 +217,7 @@ class JobStore:
             if job.is_finished:
                 raise JobConflictError(f"{job.id} is {job.status}; only a job that is not finished can be cancelled.")
             if job.status == QUEUED:
-                return self._finish_cancelled(change, job_id)
+                return self._finish_cancelled(change, job)
             return _require(change.update("id = ? AND status = ?", (job_id, IN_PROGRESS), cancel_requested=1))
 
     def delete(self, job_id: str, owner: str | None = None) -> None:
@@ -205,14 +225,31 @@ class JobStore:
 
         Raises:
             UnknownJobError: there is none, or it is another owner's.
+            StorageError: this could not be recorded.
         """
-        with self.table.change() as change:
-            job = self.get(job_id, owner)
-            if job.status == IN_PROGRESS:
-                change.update("id = ?", (job_id,), cancel_requested=1, is_deleted=1)
-                return
-            change.delete(job_id)
-        self.folders.remove(job_id)
+        try:
+            self._mark_deleted(job_id, owner)
+        except StorageError:  # a full disk: the files of a finished job go first, which makes room to record it
+            if not self.get(job_id, owner).is_finished:
+                raise
+            self.folders.remove(job_id)
+            self._mark_deleted(job_id, owner)
+        with suppress(StorageError):  # it is deleted; its files go later
+            self.remove_deleted()
+
+    def remove_deleted(self) -> None:
+        """Removes the files and then the rows of deleted jobs, but for those whose worker has not stopped yet.
+
+        The files go first: a folder without a row is never a deleted job's, so that `recover` may make it one again.
+
+        Raises:
+            StorageError: the database cannot be written.
+        """
+        query = "SELECT id FROM jobs WHERE is_deleted = 1 AND status <> 'in_progress'"
+        for (job_id,) in self.table.database.rows(query):
+            if self.folders.remove(job_id):
+                with self.table.change() as change:
+                    change.rows("DELETE FROM jobs WHERE id = ?", (job_id,))
 
     def move(self, job_id: str, *, before: str | None = None, owner: str | None = None) -> Job:
         """Moves a job that waits to just before another one of its priority; None: to the end of the queue.
@@ -224,18 +261,14 @@ class JobStore:
         with self.table.change() as change:
             job = self._require_waiting(job_id, owner)
             if before is None:
-                return _require(change.update("id = ?", (job_id,), position=_last_position(change) + 1))
+                return _require(change.update("id = ?", (job_id,), position=last_position(change) + 1))
             other = self._require_waiting(before, owner)
             if other.priority != job.priority:
                 raise JobConflictError(
                     f"{job.id} has the priority {job.priority}, {other.id} {other.priority}; a job moves only among "
                     "those of its own priority."
                 )
-            position = _position_before(change, other, job_id)
-            if position is None:
-                _renumber(change)
-                position = _position_before(change, self.get(before), job_id)
-            return _require(change.update("id = ?", (job_id,), position=position))
+            return _require(change.update("id = ?", (job_id,), position=position_before(change, other, job_id)))
 
     def set_paused(self, is_paused: bool) -> None:
         """Stops claims, or lets them go on; jobs in progress are not touched. A restart does not change it.
@@ -258,10 +291,30 @@ class JobStore:
         """Closes the queue; jobs in progress stay so, until it is opened again and `recover` decides."""
         self.table.close()
 
-    def _finish_cancelled(self, change: Change, job_id: str) -> Job:
-        return _require(
-            change.update("id = ?", (job_id,), status=FAILED, error=_CANCELLED_ERROR, finished_at=self.clock())
-        )
+    def end_time(self, job: Job) -> float:
+        """Returns the time for a job that ends now: not before it began, though the clock was set back."""
+        return max(self.clock(), job.started_at or job.created_at)
+
+    def observe(self, seconds: float) -> None:
+        """Takes the time that a job took into the average."""
+        average = self.seconds_per_job
+        self.seconds_per_job = seconds if average is None else average + _SMOOTHING * (seconds - average)
+
+    def _finish_cancelled(self, change: Change, job: Job) -> Job:
+        columns = {"finished_at": self.end_time(job), "size_bytes": self.folders.size_bytes(job.id)}
+        return _require(change.update("id = ?", (job.id,), status=FAILED, error=CANCELLED_ERROR, **columns))
+
+    def _mark_deleted(self, job_id: str, owner: str | None) -> None:
+        with self.table.change() as change:
+            job = self.get(job_id, owner)
+            cancel_requested = int(job.status == IN_PROGRESS)
+            change.update("id = ?", (job_id,), is_deleted=1, idempotency_key=None, cancel_requested=cancel_requested)
+
+    def _remove_unless_accepted(self, job_id: str) -> None:
+        """Removes the folder of a job that was refused; it was accepted where only what came afterwards failed."""
+        with suppress(StorageError):  # then `recover` removes it
+            if not self.table.database.rows("SELECT 1 FROM jobs WHERE id = ?", (job_id,)):
+                self.folders.remove(job_id)
 
     def _find_earlier(self, owner: str, key: str | None, digest: str) -> Job | None:
         """Returns the job that this owner submitted with this key."""
@@ -301,31 +354,21 @@ class JobStore:
         return job
 
 
+def _fill_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Calls `fill` with a folder.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        fill(folder)
+    except (OSError, CheckpointError) as error:
+        raise storage_error(folder, error) from error
+
+
 def _of_owner(owner: str | None) -> tuple[str, tuple[Any, ...]]:
     """Returns a condition in SQL for the visible jobs of an owner, with its values."""
     return (_VISIBLE, ()) if owner is None else (f"{_VISIBLE} AND owner = ?", (owner,))
-
-
-def _last_position(change: Change) -> float:
-    ((position,),) = change.rows("SELECT COALESCE(MAX(position), 0) FROM jobs")
-    return float(position)
-
-
-def _position_before(change: Change, other: Job, job_id: str) -> float | None:
-    """Returns a position between a job and the one before it; None where no number is left between them."""
-    query = "SELECT MAX(position) FROM jobs WHERE status = 'queued' AND position < ? AND id <> ?"
-    ((previous,),) = change.rows(query, (other.position, job_id))
-    lower = other.position - 2 if previous is None else previous
-    middle = (lower + other.position) / 2
-    return float(middle) if lower < middle < other.position else None
-
-
-def _renumber(change: Change) -> None:
-    """Gives the jobs that wait the positions 1, 2, 3 ... in their order."""
-    change.rows(
-        "UPDATE jobs SET position = ranked.place FROM (SELECT id, ROW_NUMBER() OVER (ORDER BY position, number) "
-        "AS place FROM jobs WHERE status = 'queued') AS ranked WHERE jobs.id = ranked.id"
-    )
 
 
 def _require(job: Job | None) -> Job:

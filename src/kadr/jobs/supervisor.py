@@ -6,27 +6,27 @@ settles it: what a worker wrote becomes the result only here, and only while its
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Condition, RLock, Thread
 from typing import Any
 
-from kadr.errors import CheckpointError
 from kadr.jobs.claims import Claim, JobClaims
 from kadr.jobs.engine_maker import Task
 from kadr.jobs.events import NOTICE, PREVIEW, PROGRESS, Event, EventLog
-from kadr.jobs.job import CANCELLED, JobError, LostClaimError, StorageError
+from kadr.jobs.job import CANCELLED, DISK_FULL, STORAGE, JobError, LostClaimError, StorageError
 from kadr.jobs.live_job import LiveJob, Patience
 from kadr.jobs.table import JobChange
-from kadr.jobs.worker import DISK_FULL, MakerFactory, WorkerProcess
+from kadr.jobs.worker import MakerFactory, WorkerProcess
 
 IDLE_SECONDS = 1.0  # between looks at the disk and at the pause, where nothing is announced
 WATCH_SECONDS = 0.2  # between looks at the deadlines of a worker
 MIN_FREE_BYTES = 512 * 10**6  # of the disk with the queue; below it no job begins
 RESTART_SECONDS = 5.0  # before a worker is started again that ended before it was ready
-STOP_REASON = "the server stops"
 
 
 class Supervisor:
@@ -56,7 +56,7 @@ class Supervisor:
         self.claims, self.events, self.log = claims, events, log
         self.patience, self.clock, self.min_free_bytes = patience or Patience(), clock, min_free_bytes
         self.lock = RLock()
-        self.is_stopping = False
+        self.is_stopping, self._has_problem = False, False
         self.live: dict[str, LiveJob] = {}
         self.slots = [_Slot(self, f"worker {index}", maker) for index, maker in enumerate(makers)]
 
@@ -94,13 +94,21 @@ class Supervisor:
         try:
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            return f"the folder {self.folder} cannot be read: {error.strerror or error}"
+            return f"the folder {self.folder} cannot be read: {error.strerror or error}. Jobs begin when it can."
+        if not os.access(self.folder, os.W_OK):
+            return f"the folder {self.folder} cannot be written. Make it writable; jobs begin then."
         if free < self.min_free_bytes:
             return (
                 f"the disk with {self.folder} has {free / 1e6:.0f} MB free, and jobs begin at "
                 f"{self.min_free_bytes / 1e6:.0f} MB. Free some, or delete videos."
             )
         return None
+
+    def log_problem(self, problem: str | None) -> None:
+        """Logs why no job begins, once for each time that it happens; None: nothing is wrong any more."""
+        if problem is not None and not self._has_problem:
+            self.log(problem)
+        self._has_problem = problem is not None
 
     def on_change(self, change: JobChange) -> None:
         """Tells the worker of a job that it was cancelled; called with each change of the queue."""
@@ -122,6 +130,7 @@ class _Slot:
         self.warm_engines: Sequence[str] = ()
         self.live: LiveJob | None = None
         self.is_ready = False
+        self._heard_at = 0.0  # when the worker last gave a sign of life
 
     def cancel(self, claim: Claim | None) -> None:
         """Cancels the job that is made, if it is of this claim; None: whichever."""
@@ -137,22 +146,29 @@ class _Slot:
         supervisor = self.supervisor
         while not supervisor.is_stopping:
             try:
-                if self.worker is None and not self._start_worker():
-                    self._pause(RESTART_SECONDS)
-                    continue
-                claim = (
-                    None if supervisor.storage_problem() else supervisor.claims.claim(warm_engines=self.warm_engines)
-                )
+                self._take_turn()
             except StorageError as error:
-                supervisor.log(str(error))
-                claim = None
-            if claim is None:
-                self._drain_reports()
+                supervisor.log_problem(str(error))
                 self._pause(IDLE_SECONDS)
-            else:
-                self._make(claim)
-        if self.worker is not None:
-            self._kill_worker()
+            except Exception as error:  # a bug must not leave the queue without this worker
+                supervisor.log(f"{self.name}: unexpected {type(error).__name__}: {error}. Please report it.")
+                self._kill_worker()
+                self._pause(RESTART_SECONDS)
+        self._kill_worker()
+
+    def _take_turn(self) -> None:
+        """Makes the next job, or waits a while where there is none or nothing to make it with."""
+        supervisor = self.supervisor
+        if not self._has_live_worker() and not self._start_worker():
+            self._pause(RESTART_SECONDS)
+            return
+        problem = supervisor.storage_problem()
+        claim = None if problem else supervisor.claims.claim(warm_engines=self.warm_engines)
+        supervisor.log_problem(problem)
+        if claim is None:
+            self._pause(IDLE_SECONDS)
+        else:
+            self._make(claim)
 
     def _pause(self, seconds: float) -> None:
         """Waits until something changes in the queue, so many seconds at most."""
@@ -161,7 +177,11 @@ class _Slot:
                 self.supervisor.changed.wait(seconds)
 
     def _start_worker(self) -> bool:
-        worker = WorkerProcess(self._create_maker, f"kadr {self.name}")
+        try:
+            worker = WorkerProcess(self._create_maker, f"kadr {self.name}")
+        except OSError as error:
+            self.supervisor.log(f"{self.name} did not start: {error.strerror or error}; it is started again")
+            return False
         deadline = self.supervisor.clock() + self.supervisor.patience.start
         with self.supervisor.lock:
             self.worker = worker
@@ -169,6 +189,7 @@ class _Slot:
             while self.supervisor.clock() < deadline and not self.supervisor.is_stopping:
                 if (report := worker.receive(WATCH_SECONDS)) is not None and report[0] == "ready":
                     self.warm_engines, self.is_ready = report[1], True
+                    self._heard_at = self.supervisor.clock()
                     return True
             reason = f"was not ready within {self.supervisor.patience.start:.0f} s"
         except EOFError:
@@ -181,17 +202,25 @@ class _Slot:
     def _kill_worker(self) -> None:
         with self.supervisor.lock:
             worker, self.worker, self.warm_engines, self.is_ready = self.worker, None, (), False
-        if worker is not None:
-            worker.kill()
+        if worker is not None and not worker.kill():
+            self.supervisor.log(f"{self.name}: process {worker.pid} does not end; the system holds it")
 
-    def _drain_reports(self) -> None:
-        """Takes the signs of life of an idle worker; one that is gone is replaced before the next job."""
+    def _has_live_worker(self) -> bool:
+        """Takes the signs of life of an idle worker. One that is gone, or gives none, is killed before the next job."""
+        if self.worker is None:
+            return False
+        patience, problem = self.supervisor.patience.beat, None
         try:
-            while self.worker is not None and self.worker.receive(0) is not None:
-                pass
+            while self.worker.receive(0) is not None:
+                self._heard_at = self.supervisor.clock()
         except EOFError:
-            self.supervisor.log(f"{self.name}: {self.worker.describe_end() if self.worker else 'gone'}")
+            problem = self.worker.describe_end()
+        if self.supervisor.clock() - self._heard_at > patience:
+            problem = f"the worker gave no sign of life for {patience:.0f} s"
+        if problem is not None:
+            self.supervisor.log(f"{self.name}: {problem}; it is replaced")
             self._kill_worker()
+        return problem is None
 
     def _make(self, claim: Claim) -> None:
         supervisor, now = self.supervisor, self.supervisor.clock()
@@ -208,8 +237,7 @@ class _Slot:
             output=folders.attempt(claim.job.id, claim.fence),
         )
         try:
-            settle = self._watch(live, task)
-            self._settle(settle)
+            self._settle(self._watch(live, task))
         finally:
             with supervisor.lock:
                 self.live = None
@@ -217,32 +245,32 @@ class _Slot:
 
     def _watch(self, live: LiveJob, task: Task) -> Callable[[], None]:
         """Hands a job to the worker, takes its reports, and returns what settles it."""
-        claim, claims = live.claim, self.supervisor.claims
-        assert self.worker is not None
-        self.worker.send("make", task)
+        claim, claims, worker = live.claim, self.supervisor.claims, self.worker
+        assert worker is not None
+        worker.send("make", task)
         if self.supervisor.is_stopping or self._is_cancelled(claim):
             self.cancel(claim)
-        while True:
+        reason = None
+        while reason is None:
             try:
-                report = self.worker.receive(WATCH_SECONDS)
+                report = worker.receive(WATCH_SECONDS)
             except EOFError:
-                reason = self.worker.describe_end()
+                reason = worker.describe_end()
                 break
             now = self.supervisor.clock()
             if report is not None:
-                live.beat_at = now
+                live.beat_at = self._heard_at = now
                 if report[0] in ("done", "failed"):
                     self.warm_engines = report[1]["warm_engines"]
                     return self._outcome(live, report[0], report[1]["outcome"])
                 self._take(live, *report)
-            elif (problem := live.overdue(self.supervisor.patience, now)) is not None:
+            if (problem := live.overdue(self.supervisor.patience, now)) is not None:
                 reason = f"the worker {problem}"
-                break
         self.supervisor.log(f"{claim.job.id}: {reason}; {self.name} is replaced")
         self._kill_worker()
-        if self.supervisor.is_stopping:
-            return lambda: claims.give_back(claim)
-        return lambda: claims.lose_worker(claim, reason)
+        if self.supervisor.is_stopping or not live.has_started:
+            return partial(claims.give_back, claim)
+        return partial(claims.lose_worker, claim, reason)
 
     def _is_cancelled(self, claim: Claim) -> bool:
         """Looks once more: it may have been cancelled before this job was known to be in progress here."""
@@ -255,14 +283,14 @@ class _Slot:
         """Returns what settles a job by the last report of its worker."""
         claim, claims = live.claim, self.supervisor.claims
         if kind == "done":
-            return lambda: claims.complete(claim, outcome)
+            return partial(claims.complete, claim, outcome)
         error: JobError = outcome
         if error.code == CANCELLED and self.supervisor.is_stopping:
-            return lambda: claims.give_back(claim)
-        if error.code == DISK_FULL and self.supervisor.storage_problem():
-            self.supervisor.log(f"{claim.job.id}: {error.message} It waits until there is room.")
-            return lambda: claims.give_back(claim)
-        return lambda: claims.fail(claim, error)
+            return partial(claims.give_back, claim)
+        if error.code in (DISK_FULL, STORAGE) and (problem := self.supervisor.storage_problem()):
+            self.supervisor.log(f"{claim.job.id}: {error.message} It waits: {problem}")
+            return partial(claims.give_back, claim)
+        return partial(claims.fail, claim, error)
 
     def _settle(self, settle: Callable[[], None]) -> None:
         """Records what became of a job; a disk that refuses it is tried again, as the result is whole already."""
@@ -273,7 +301,7 @@ class _Slot:
             except LostClaimError as error:
                 self.supervisor.log(str(error))
                 return
-            except (StorageError, CheckpointError) as error:
+            except StorageError as error:
                 self.supervisor.log(f"{error} It is tried again.")
                 if self.supervisor.is_stopping:
                     return  # what is on disk is settled when the queue is opened again
@@ -284,7 +312,9 @@ class _Slot:
         if kind == "beat":
             return
         live.progressed_at = self.supervisor.clock()
-        if kind == "plan":
+        if kind == "start":
+            live.has_started = True
+        elif kind == "plan":
             live.plan = data
         elif kind == "progress":
             live.progress = data
@@ -297,5 +327,6 @@ class _Slot:
             self._publish(live, PREVIEW, {})
 
     def _publish(self, live: LiveJob, kind: str, data: Mapping[str, Any]) -> None:
-        seq, job = self.supervisor.claims.store.table.next_seq(), live.claim.job
-        self.supervisor.events.publish(Event(seq, kind, job.id, job.owner, data))
+        job, table = live.claim.job, self.supervisor.claims.store.table
+        with table.lock:  # so that events come in the order of their numbers
+            self.supervisor.events.publish(Event(table.next_seq(), kind, job.id, job.owner, data))

@@ -14,7 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kadr.jobs.database import Database
-from kadr.jobs.job import Job, JobError, StorageError, UnknownJobError
+from kadr.jobs.job import Job, JobError, StorageError, UnknownJobError, canonical_json, is_job_id
+from kadr.quoting import quote
 
 DATABASE_FILE, QUEUE_LOCK_FILE, PAUSED_FILE = "jobs.sqlite", "server.lock", "paused"
 SEQ_GAP = 1 << 20  # past the numbers that progress took since the last stored one, before the process ended
@@ -50,8 +51,9 @@ class JobTable:
         self.folder, self._announce = folder, announce
         self._lock_file = _lock_folder(folder)
         try:
-            self.database = Database(folder / DATABASE_FILE)
-            ((last_seq,),) = self.database.rows("SELECT COALESCE(MAX(seq), 0) FROM jobs")
+            self.database = Database(folder / DATABASE_FILE, job_from_row)
+            query = "SELECT COALESCE(MAX(seq), 0), COALESCE(MAX(fence), 0) FROM jobs"
+            ((last_seq, self._fence),) = self.database.rows(query)
         except BaseException:
             self._lock_file.release()
             raise
@@ -60,10 +62,16 @@ class JobTable:
         self.changed = Condition(self.lock)
 
     def next_seq(self) -> int:
-        """Returns the number of the next event, higher than every one before."""
+        """Returns the number of the next event, higher than every one before. Publish it before `lock` is released."""
         with self.lock:
             self._seq += 1
             return self._seq
+
+    def next_fence(self) -> int:
+        """Returns the number of the next claim, higher than every one before, also of jobs that were deleted."""
+        with self.lock:
+            self._fence += 1
+            return self._fence
 
     @contextmanager
     def change(self) -> Iterator[Change]:
@@ -91,22 +99,24 @@ class JobTable:
 
 
 class Change:
-    """One transaction: `update` and `delete` change jobs, and are announced when it is on disk."""
+    """One transaction. `insert` and `update` are announced when it is on disk; of a deleted job, only that it is."""
 
     def __init__(self, connection: sqlite3.Connection, table: JobTable) -> None:
-        self._connection, self._table = connection, table
+        self.connection, self._table = connection, table
         self.announced: list[JobChange] = []
 
     def rows(self, query: str, values: Any = ()) -> list[sqlite3.Row]:
         """Returns the rows of a query."""
-        return self._connection.execute(query, values).fetchall()
+        return self.connection.execute(query, values).fetchall()
 
     def insert(self, **columns: Any) -> Job:
         """Inserts a job and returns it."""
         columns = _to_row({**columns, "seq": self._table.next_seq()})
         names, marks = ", ".join(columns), ", ".join("?" * len(columns))
         query = f"INSERT INTO jobs ({names}) VALUES ({marks}) RETURNING *"
-        return self._announce(self.rows(query, tuple(columns.values())))
+        job = job_from_row(self.rows(query, tuple(columns.values()))[0])
+        self.announced.append(JobChange(job))
+        return job
 
     def update(self, condition: str, values: tuple[Any, ...], /, **columns: Any) -> Job | None:
         """Changes the one job that meets a condition in SQL; returns it as it is then, or None where none does."""
@@ -114,18 +124,12 @@ class Change:
         assignments = ", ".join(f"{name} = ?" for name in columns)
         query = f"UPDATE jobs SET {assignments} WHERE {condition} RETURNING *"
         rows = self.rows(query, (*columns.values(), *values))
-        return self._announce(rows) if rows else None
-
-    def delete(self, job_id: str) -> None:
-        """Deletes the row of a job, if it is there."""
-        for row in self.rows("DELETE FROM jobs WHERE id = ? RETURNING *", (job_id,)):
-            if not row["is_deleted"]:
-                self.announced.append(JobChange(job_from_row(row), is_deleted=True))
-
-    def _announce(self, rows: list[sqlite3.Row]) -> Job:
+        if not rows:
+            return None
         (row,) = rows
-        job = job_from_row(row)
-        self.announced.append(JobChange(job, is_deleted=bool(row["is_deleted"])))
+        job, is_deleted = job_from_row(row), bool(row["is_deleted"])
+        if not is_deleted or "is_deleted" in columns:
+            self.announced.append(JobChange(job, is_deleted=is_deleted))
         return job
 
 
@@ -136,12 +140,18 @@ def find_job(jobs: list[Job], job_id: str) -> Job:
         UnknownJobError: the list is empty.
     """
     if not jobs:
-        raise UnknownJobError(f"there is no job {job_id[:80]!r}. It was deleted, or its id is mistyped.")
+        raise UnknownJobError(f"there is no job {quote(job_id)}. It was deleted, or its id is mistyped.")
     return jobs[0]
 
 
 def job_from_row(row: sqlite3.Row) -> Job:
-    """Returns the job of a row."""
+    """Returns the job of a row.
+
+    Raises:
+        ValueError, TypeError, KeyError: the row is damaged.
+    """
+    if not is_job_id(row["id"]):
+        raise ValueError(f"{quote(row['id'])} is not the id of a job")
     columns = {name: row[name] for name in Job.__dataclass_fields__}
     for name in _JSON_COLUMNS:
         columns[name] = None if columns[name] is None else json.loads(columns[name])
@@ -156,7 +166,7 @@ def _to_row(columns: dict[str, Any]) -> dict[str, Any]:
         row["error"] = asdict(row["error"])
     for name in _JSON_COLUMNS:
         if row.get(name) is not None and not isinstance(row[name], str):
-            row[name] = json.dumps(row[name], sort_keys=True, separators=(",", ":"))
+            row[name] = canonical_json(row[name])
     return row
 
 
