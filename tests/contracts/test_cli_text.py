@@ -40,6 +40,9 @@ VERBS = {
     "convert": "IN OUT --dtype --models-dir --force",
     "bench": """--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder
         --json""",
+    "serve": """--model --models-dir --data --host --port --tokens --new-token --admin --allow-host --allow-origin
+        --device --dtype --quant --offload --text-encoder --vae --upscaler --max-queued --max-queued-per-client
+        --keep-days --keep-gb --max-upload-mb --paused --hide-prompts""",
     "models": "--models-dir --json",
 }
 OFFICIAL = """--num_frames --frame_rate --num_inference_steps --guidance_scale --negative_prompt --output_path

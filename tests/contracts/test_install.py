@@ -30,9 +30,14 @@ PAGES = (README, *(path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.
 EXTRA_IN_TEXT = re.compile(r"(?:kadr|\.whl|'\.)\[([\w,]+)\]")
 # Extras whose requirements the environment of the tests has. rtmlib asks for two builds of OpenCV that need a display;
 # the peers of the benchmarks are not there.
-INSTALLABLE = ("control", "depth", "heic")
+INSTALLABLE = ("control", "depth", "heic", "serve")
 # import name -> extra: what the package imports only where it is used
-OPTIONAL_IMPORTS = {**dict(CONTROL_LIBRARIES.values()), "pi_heif": "heic"}
+SERVER_LIBRARIES = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+OPTIONAL_IMPORTS = {
+    **dict(CONTROL_LIBRARIES.values()),
+    "pi_heif": "heic",
+    **dict.fromkeys(SERVER_LIBRARIES, "serve"),
+}
 _PYTHON = """#!/bin/bash
 {python} "$@" || exit
 if [ "$1 $2" = "-m venv" ]; then

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kadr.cancellation import remove_if_ended
+from kadr.atomic_write import atomic_file, write_json
 from kadr.checkpoints.header import LENGTH_BYTES, SAFETENSORS_DTYPES
 from kadr.checkpoints.keys import (
     T5_KEYS,
@@ -29,13 +26,11 @@ from kadr.checkpoints.keys import (
     map_keys,
 )
 from kadr.errors import CheckpointError
-from kadr.file_names import replace_file
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE, VAEConfig
 from kadr.sampling.schedules import Schedule
-from kadr.validation import MAX_NAME_BYTES
 
 Materialize = Callable[[str, Tensor], Tensor]
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -143,7 +138,7 @@ def write_text_encoder(
     )
     write_json(home / "text_encoder" / "config.json", _t5_config_json(text_encoder.config, dtype))
     name = "tokenizer.json" if tokenizer_file.suffix == ".json" else "spiece.model"
-    with _atomic_file(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as source:
+    with atomic_file(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as source:
         shutil.copyfileobj(source, file)
     write_json(home / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
 
@@ -174,7 +169,7 @@ def write_tensors(
         header[name] = {"dtype": _DTYPE_NAMES[stored_dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     header_bytes = json.dumps(header, separators=(",", ":")).encode()
     header_bytes += b" " * (-(LENGTH_BYTES + len(header_bytes)) % _HEADER_ALIGNMENT)
-    with _atomic_file(path, fsync=fsync) as file:
+    with atomic_file(path, fsync=fsync) as file:
         file.write(len(header_bytes).to_bytes(LENGTH_BYTES, "little"))
         file.write(header_bytes)
         for name, tensor in sorted(tensors.items()):
@@ -217,89 +212,6 @@ _TOKENIZER_CONFIG: Mapping[str, Any] = {
     "extra_ids": 0,
     "model_max_length": 512,
 }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object to a file, atomically."""
-    with _atomic_file(path) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
-
-
-@contextmanager
-def _atomic_file(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
-    """Opens a file for writing that takes its name only when it is complete."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        yield file
-        if fsync:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, renamed to `path` when the block succeeds and deleted when it fails.
-
-    It is also deleted when the process ends at once; see `cancellation.remove_if_ended`.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    temporary = _temporary_path(path)
-    with _write_beside(path, remove=partial(temporary.unlink, missing_ok=True)):
-        yield temporary
-        replace_file(temporary, path)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder, renamed to `path` when the block succeeds and deleted when it fails.
-
-    A folder that is at `path` is replaced. See also `atomic_path`.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
-    temporary = _temporary_path(path)
-    with _write_beside(path, remove=partial(shutil.rmtree, temporary, ignore_errors=True)):
-        temporary.mkdir()
-        yield temporary
-        _replace_folder(temporary, path)
-
-
-@contextmanager
-def _write_beside(path: Path, *, remove: Callable[[], object]) -> Iterator[None]:
-    """Explains where the block cannot write what will be at `path`; removes what is left of it, also if it fails."""
-    with remove_if_ended(remove):
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise CheckpointError(f"{path} cannot be written: {reason}. Write it elsewhere.") from error
-        finally:
-            remove()
-
-
-def _temporary_path(path: Path) -> Path:
-    """Returns a hidden path beside `path`, of this process; its name is short enough for any that `path` may have."""
-    end, name = f".{os.getpid()}.part", path.name
-    if len(os.fsencode(name)) + len(end) >= MAX_NAME_BYTES:
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return path.with_name(f".{name}{end}")
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """Renames a folder to a path; no system replaces a folder that is not empty, so an older one steps aside first."""
-    if not os.path.lexists(path):
-        new.rename(path)
-        return
-    old = new.with_suffix(".old")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_disk_space(path: Path, size: int) -> None:

@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kadr.server import events, system, videos
 from kadr.server.errors import add_error_handlers
 from kadr.server.gate import Gate, GateRules
 from kadr.server.metrics import Metrics
+from kadr.server.routes import events, system, videos
 from kadr.server.state import ServerState
 from kadr.version import __version__
 

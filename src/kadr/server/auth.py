@@ -26,7 +26,7 @@ TOKEN_VARIABLE = "KADR_TOKEN"  # environment variable: the one token of a server
 MIN_TOKEN_CHARACTERS = 16
 MAX_TOKENS_BYTES = 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIELDS = {"sha256", "admin", "max_queued"}
 
 
@@ -129,7 +129,7 @@ def _parse_client(path: Path, name: str, table: Any) -> tuple[str, Client]:
     if not isinstance(table, dict) or table.keys() - _FIELDS or "sha256" not in table:
         raise RequestError(f"{path}: {name} must have sha256, and may have admin and max_queued, and nothing else.")
     digest = table["sha256"]
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
         raise RequestError(f"{path}: the sha256 of {name} is {quote(digest)}; it must be 64 hexadecimal digits.")
     check_bool(f"admin of {name}", table.get("admin"))
     if (share := table.get("max_queued")) is not None:

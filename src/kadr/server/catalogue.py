@@ -25,7 +25,7 @@ _OPENAI_MODEL = re.compile(r"sora-2(-pro)?(-\d{4}-\d{2}-\d{2})?")  # what client
 
 @dataclass
 class Catalogue:
-    """What clients may name, and nothing else: no path of theirs is ever opened.
+    """The names that clients may use, and no others: no path of theirs is ever opened.
 
     Args:
         models: name -> what `Engine.open` takes; the first one is the default.

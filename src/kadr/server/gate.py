@@ -31,7 +31,7 @@ MIN_BYTES_PER_SECOND = 4096  # of a body, once those seconds are over
 
 @dataclass(frozen=True)
 class GateRules:
-    """What the gate lets pass.
+    """The rules of the gate.
 
     Args:
         tokens: none: everyone may do everything.

@@ -14,7 +14,7 @@ from typing import Any
 
 from kadr.errors import MediaError
 
-CHECK_SECONDS = 20.0
+HEADER_CHECK_SECONDS = 20.0
 MEMORY_BYTES = 3 << 30  # of address space, of which most is the libraries'
 
 IMAGE, CLIP = "image", "clip"
@@ -24,7 +24,7 @@ _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1", b"heim", 
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What an upload may be, by its header.
+    """Bounds of an upload, by its header.
 
     Args:
         max_pixels: of an image.
@@ -39,7 +39,7 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What the header of an image or clip tells. frames, fps: of a clip."""
+    """Facts from the header of an image or clip. frames, fps: of a clip."""
 
     kind: str
     width: int
@@ -100,7 +100,7 @@ def read_facts(path: Path, kind: str, limits: MediaLimits) -> MediaFacts:
 class MediaChecker:
     """Runs `read_facts` in another process, one file at a time. Threads may share it."""
 
-    def __init__(self, limits: MediaLimits, seconds: float = CHECK_SECONDS) -> None:
+    def __init__(self, limits: MediaLimits, seconds: float = HEADER_CHECK_SECONDS) -> None:
         self._limits, self._seconds, self._lock = limits, seconds, Lock()
         self._process: Any = None
         self._connection: Connection | None = None

@@ -44,7 +44,7 @@ STOP_POLL_SECONDS = 0.1  # between looks at the token
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What the operator decides.
+    """Decisions of the operator.
 
     Args:
         models: name -> what `Engine.open` takes; the first one is the default.

@@ -15,13 +15,13 @@ _Number = float | int
 _Object = dict[str, Any]
 
 
-class _Body(BaseModel):
+class StrictBody(BaseModel):
     """A body in which nothing is ignored: what is not a field is refused, and no value is turned into another."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class MediaReference(_Body):
+class MediaReference(StrictBody):
     """An image or clip: exactly one of these."""
 
     file_id: StrictStr | None = Field(None, description="Id of an upload.")
@@ -29,7 +29,7 @@ class MediaReference(_Body):
     id: StrictStr | None = Field(None, description="Id of a completed video.")
 
 
-class LoraReference(_Body):
+class LoraReference(StrictBody):
     """A LoRA of the server, with its strength."""
 
     name: StrictStr = Field(description="A name of GET /v1/loras.")
@@ -37,8 +37,8 @@ class LoraReference(_Body):
     second_strength: _Number | None = Field(None, description="Strength in the second of two passes.")
 
 
-class VideoSettings(_Body):
-    """What a request for a video can say besides its prompt. What is left out is taken from the model's recipe."""
+class VideoSettings(StrictBody):
+    """All that a request for a video can say besides its prompt. The model's recipe fills in what is left out."""
 
     model: StrictStr | None = Field(None, description="A name of GET /v1/models; by default the server's first one.")
     seconds: StrictStr | _Number | None = Field(None, description="Length, instead of num_frames.")
@@ -92,7 +92,7 @@ class CreateVideo(VideoSettings):
     prompt: StrictStr = Field(max_length=MAX_PROMPT_CHARACTERS)
 
 
-class RemixVideo(_Body):
+class RemixVideo(StrictBody):
     """A request for a video again, with another prompt and the same seed."""
 
     prompt: StrictStr = Field(max_length=MAX_PROMPT_CHARACTERS)
@@ -110,7 +110,7 @@ class ExtendVideo(CreateVideo):
     video: MediaReference | StrictStr | None = Field(None, description="The video: a file in multipart, or its id.")
 
 
-class MoveVideo(_Body):
+class MoveVideo(StrictBody):
     """A new place in the queue."""
 
     before: StrictStr | None = Field(None, description="Id of the video to go before; null: to the end.")
@@ -123,7 +123,7 @@ class VideoError(BaseModel):
     message: str
 
 
-class Video(BaseModel):
+class VideoJob(BaseModel):
     """A video, from the moment it is accepted."""
 
     id: str
@@ -161,7 +161,7 @@ class VideoList(BaseModel):
     """A page of videos."""
 
     object: Literal["list"] = "list"
-    data: list[Video]
+    data: list[VideoJob]
     first_id: str | None = None
     last_id: str | None = None
     has_more: bool = False
@@ -206,7 +206,7 @@ class UploadList(BaseModel):
     data: list[Upload]
 
 
-class Model(BaseModel):
+class ServedModel(BaseModel):
     """A model of the server, with the recipe that fills in what a request leaves out."""
 
     id: str
@@ -221,10 +221,10 @@ class ModelList(BaseModel):
     """The models of the server."""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ServedModel]
 
 
-class Lora(BaseModel):
+class ServedLora(BaseModel):
     """A LoRA of the server."""
 
     id: str
@@ -235,11 +235,11 @@ class LoraList(BaseModel):
     """The LoRAs of the server."""
 
     object: Literal["list"] = "list"
-    data: list[Lora]
+    data: list[ServedLora]
 
 
 class VideoPlan(BaseModel):
-    """What a video would take."""
+    """Memory and time that a video would take."""
 
     fits: bool
     message: str = Field(description="Memory and time in a line; where it does not fit, why, and what would.")
@@ -268,7 +268,7 @@ class QueueState(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server is alive, and ready to make videos."""
+    """The state of the server: alive, and ready to make videos or not."""
 
     alive: bool = True
     ready: bool

@@ -1,4 +1,4 @@
-"""`ServerState`: what the routes share, and how they find out who asks."""
+"""`ServerState`: all that the routes share, and how they find out who asks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kadr.server.uploads import UploadStore
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the routes share.
+    """All that the routes share.
 
     Args:
         hides_prompts: no prompt is written to the log.

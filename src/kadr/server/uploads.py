@@ -26,7 +26,7 @@ from kadr.regular_file import read_text
 from kadr.server.errors import ApiError
 from kadr.server.media_check import MediaChecker, sniff
 
-ID_PREFIX, _ID_BYTES = "upload_", 16
+UPLOAD_PREFIX, _ID_BYTES = "upload_", 16
 SIDECAR, MEDIA_STEM = "upload.json", "media"
 MAX_KEPT = 500  # of one client
 _HEAD_BYTES = 12
@@ -84,7 +84,7 @@ class UploadStore:
             raise ApiError(
                 429, f"you have {MAX_KEPT} uploads, as many as are kept. Delete some.", code="too_many_uploads"
             )
-        upload_id = ID_PREFIX + secrets.token_hex(_ID_BYTES)
+        upload_id = UPLOAD_PREFIX + secrets.token_hex(_ID_BYTES)
         folder = self.folder / upload_id
         try:
             folder.mkdir(parents=True)
@@ -175,8 +175,8 @@ class UploadStore:
 
 def is_upload_id(text: str) -> bool:
     """Tells whether a text has the form of an id, and so is safe as the name of a folder."""
-    digits = text.removeprefix(ID_PREFIX)
-    return text.startswith(ID_PREFIX) and len(digits) == 2 * _ID_BYTES and not set(digits) - set("0123456789abcdef")
+    digits = text.removeprefix(UPLOAD_PREFIX)
+    return text.startswith(UPLOAD_PREFIX) and len(digits) == 2 * _ID_BYTES and not set(digits) - set("0123456789abcdef")
 
 
 def decode_data_url(url: str) -> bytes:

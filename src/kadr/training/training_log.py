@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from kadr.checkpoints.save import atomic_path
+from kadr.atomic_write import atomic_path
 from kadr.errors import CheckpointError, MediaError
 
 LOG_COLUMNS = ("step", "loss", "validation_loss", "seconds")

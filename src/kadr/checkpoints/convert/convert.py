@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kadr.atomic_write import atomic_folder, write_json
 from kadr.cancellation import cancellable, check_cancelled
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.convert.diffusers_configs import check_expressible, config_files
@@ -30,13 +31,7 @@ from kadr.checkpoints.keys import (
     map_keys,
 )
 from kadr.checkpoints.load import account
-from kadr.checkpoints.save import (
-    atomic_folder,
-    check_disk_space,
-    single_file_config,
-    write_json,
-    write_tensors,
-)
+from kadr.checkpoints.save import check_disk_space, single_file_config, write_tensors
 from kadr.checkpoints.source import WEIGHT_STEMS, Source
 from kadr.errors import CheckpointError
 from kadr.memory.mapped_files import release_pages

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kadr.atomic_write import atomic_path
 from kadr.cancellation import cancellable, check_cancelled
 from kadr.checkpoints.header import FP8_DTYPES
-from kadr.checkpoints.save import atomic_path, check_disk_space
+from kadr.checkpoints.save import check_disk_space
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.memory.mapped_files import release_pages

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kadr.atomic_write import atomic_path
 from kadr.cancellation import remove_if_ended
-from kadr.checkpoints.save import atomic_path, write_tensors
+from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import read_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.json_reader import parse_json

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from kadr.atomic_write import atomic_path
 from kadr.cache_home import cache_home
-from kadr.checkpoints.save import atomic_path
 from kadr.errors import CheckpointError
 from kadr.json_reader import parse_json
 from kadr.kernels import mode

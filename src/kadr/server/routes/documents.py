@@ -1,4 +1,4 @@
-"""What the OpenAPI description says of routes that read their bodies by themselves, and of their answers."""
+"""The OpenAPI description of routes that read their bodies by themselves, and of their answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _FILE: dict[str, Any] = {"content": {"video/mp4": {}, "image/jpeg": {}}}
 
 def _creates(body: type[BaseModel], *files: str) -> dict[str, Any]:
     """Returns the arguments of a route that takes a body and answers with a video."""
-    return {"response_model": schema.Video, "responses": _BODY_ERRORS, "openapi_extra": form_body(body, *files)}
+    return {"response_model": schema.VideoJob, "responses": _BODY_ERRORS, "openapi_extra": form_body(body, *files)}
 
 
 CREATE = _creates(schema.CreateVideo, "input_reference")
@@ -55,7 +55,7 @@ EXTEND = _creates(schema.ExtendVideo, "video", "input_reference")
 REMIX = _creates(schema.RemixVideo)
 MOVE = _creates(schema.MoveVideo)
 PLAN = {**CREATE, "response_model": schema.VideoPlan}
-CANCEL: dict[str, Any] = {"response_model": schema.Video, "responses": {**ERRORS, **envelope_responses(409)}}
+CANCEL: dict[str, Any] = {"response_model": schema.VideoJob, "responses": {**ERRORS, **envelope_responses(409)}}
 SYNC: dict[str, Any] = {
     "response_class": FileResponse,
     "responses": {200: _MP4, **_BODY_ERRORS, **envelope_responses(422)},

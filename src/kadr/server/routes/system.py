@@ -85,7 +85,7 @@ async def list_models(state: State) -> Any:
     }
 
 
-@router.get("/v1/models/{name:path}", response_model=schema.Model, responses=_ERRORS)
+@router.get("/v1/models/{name:path}", response_model=schema.ServedModel, responses=_ERRORS)
 async def get_model(state: State, name: str) -> Any:
     """Shows a model, with the recipe that fills in what a request leaves out."""
     found, _ = state.catalogue.find_model(name)
@@ -152,16 +152,16 @@ def _show_upload(state: ServerState, upload: StoredUpload) -> dict[str, Any]:
 
 
 def _show_model(state: ServerState, name: str, *, with_recipe: bool = False) -> dict[str, Any]:
-    shown: dict[str, Any] = {"id": name, "is_default": name == state.catalogue.default}
+    answer: dict[str, Any] = {"id": name, "is_default": name == state.catalogue.default}
     if with_recipe:
         try:
             recipe = asdict(
                 state.catalogue.engine({"model": state.catalogue.find_model(name)[1], "loras": []}).spec.recipe
             )
         except KadrError:
-            return shown
-        shown["recipe"] = {**recipe, "size": "{width}x{height}".format(**recipe["size"])}
-    return shown
+            return answer
+        answer["recipe"] = {**recipe, "size": "{width}x{height}".format(**recipe["size"])}
+    return answer
 
 
 def _show_queue(state: ServerState, client: Client) -> dict[str, Any]:

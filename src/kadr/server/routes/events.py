@@ -14,8 +14,8 @@ from kadr.jobs.events import CLOSED, DELETED, JOB, PROGRESS, Event
 from kadr.jobs.job import UnknownJobError
 from kadr.server.auth import Client
 from kadr.server.errors import envelope_responses
+from kadr.server.routes.views import show_progress, show_video
 from kadr.server.state import Sender, ServerState, State
-from kadr.server.views import show_progress, show_video
 
 HEARTBEAT_SECONDS = 15.0
 MAX_WAITING = 1000  # events of a client that does not read; then it is cut off, and comes back for what it missed

@@ -8,12 +8,11 @@ from typing import Any
 from kadr.jobs.job import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job
 from kadr.jobs.live_job import LiveJob
 from kadr.server.auth import Client
-from kadr.server.drafts import settings_of
 from kadr.server.errors import hide_paths
+from kadr.server.routes.drafts import settings_of
 from kadr.server.state import ServerState
 
 VIDEO, THUMBNAIL, SPRITESHEET = "video", "thumbnail", "spritesheet"
-VARIANTS = (VIDEO, THUMBNAIL, SPRITESHEET)
 MAX_POLL_MS, MIN_POLL_MS = 5000, 500
 
 
@@ -30,7 +29,7 @@ def content_path(job_id: str) -> str:
 def show_video(
     state: ServerState, client: Client, job: Job, *, base_url: str, position: int | None = None
 ) -> dict[str, Any]:
-    """Returns a job as a `schema.Video`.
+    """Returns a job as a `schema.VideoJob`.
 
     Args:
         base_url: scheme and host that the client used, for absolute addresses.

@@ -19,11 +19,11 @@ from kadr.server.schema import LoraReference, VideoSettings
 from kadr.server.state import ServerState
 
 # Names of other servers for fields of a `Request`.
-ALIASES = {"num_frames": "frames", "num_inference_steps": "steps", "guidance_scale": "guidance"}
+FIELD_ALIASES = {"num_frames": "frames", "num_inference_steps": "steps", "guidance_scale": "guidance"}
 # Fields of a body that are not fields of a `Request` under that name.
 _OTHER_FIELDS = {
     *("model", "seconds", "size", "width", "height", "input_reference", "lora", "loras", "priority", "extra_params"),
-    *("video", "conditions", "controls", "input_video", *ALIASES),
+    *("video", "conditions", "controls", "input_video", *FIELD_ALIASES),
 }
 
 
@@ -200,13 +200,13 @@ class _Sources:
 
 def _plain_fields(body: VideoSettings) -> dict[str, Any]:
     """Returns the fields of a request that a body has under the same name or an alias."""
-    given = body.model_dump(exclude_none=True)
-    fields = {name: value for name, value in given.items() if name not in _OTHER_FIELDS and name != "prompt"}
-    for alias, name in ALIASES.items():
-        if alias in given:
+    settings = body.model_dump(exclude_none=True)
+    fields = {name: value for name, value in settings.items() if name not in _OTHER_FIELDS and name != "prompt"}
+    for alias, name in FIELD_ALIASES.items():
+        if alias in settings:
             if name in fields:
                 raise ApiError(400, f"both {alias} and {name} are given; give one.", code="invalid_value", param=alias)
-            fields[name] = given[alias]
+            fields[name] = settings[alias]
     return fields
 
 

@@ -16,14 +16,15 @@ from kadr.errors import KadrWarning, PlanError
 from kadr.jobs.engine_maker import SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
 from kadr.jobs.job import COMPLETED, FAILED, QUEUED, Job, JobConflictError
 from kadr.request.resolved_request import ResolvedRequest
-from kadr.server import documents, schema
+from kadr.server import schema
 from kadr.server.auth import Client
 from kadr.server.bodies import ParsedBody, check_body, read_body
-from kadr.server.drafts import Draft, build_draft, parse_seconds, remix_draft
 from kadr.server.errors import ApiError, hide_paths
 from kadr.server.media_sources import MediaSource, copy_sources, find_source, reference_id, store_file
+from kadr.server.routes import documents
+from kadr.server.routes.drafts import Draft, build_draft, parse_seconds, remix_draft
+from kadr.server.routes.views import SPRITESHEET, THUMBNAIL, VIDEO, format_seconds, poll_after_ms, show_video
 from kadr.server.state import Sender, ServerState, State
-from kadr.server.views import SPRITESHEET, THUMBNAIL, VIDEO, format_seconds, poll_after_ms, show_video
 
 MAX_KEY_CHARACTERS = 255
 SYNC_POLL_SECONDS = 0.25
@@ -115,7 +116,7 @@ async def list_videos(
             "has_more": page.has_more}  # fmt: skip
 
 
-@router.get("/videos/{video_id}", response_model=schema.Video, responses=documents.ERRORS)
+@router.get("/videos/{video_id}", response_model=schema.VideoJob, responses=documents.ERRORS)
 async def get_video(request: Request, state: State, client: Sender, video_id: str) -> Response:
     """Shows a video."""
     return _answer(request, state, client, state.queue.store.get(video_id, client.scope))
