@@ -59,7 +59,7 @@ uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run(soc
 
 @dataclass
 class Tally:
-    """What the clients saw. Seconds of answers; ids of accepted videos; refusals by whether they named a time."""
+    """The answers that clients got. Seconds of each; ids of accepted videos; refusals by whether they named a time."""
 
     submit_seconds: list[float] = field(default_factory=list)
     bare_seconds: list[float] = field(default_factory=list)

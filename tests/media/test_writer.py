@@ -100,7 +100,7 @@ def test_chunks_of_any_length_make_the_same_file_as_one(tmp_path):
 
 
 def test_the_same_frames_make_the_same_file_each_time(tmp_path):
-    y, x = np.mgrid[0:192, 0:320]
+    _y, x = np.mgrid[0:192, 0:320]
     noise = np.random.default_rng(0).integers(0, 60, (192, 320, 3))
     waves = [128 + 60 * np.sin((x + 3 * index) / 17)[..., None] + np.roll(noise, index, 1) for index in range(25)]
     frames = np.stack(waves).clip(0, 255).astype(np.uint8)
