@@ -23,6 +23,7 @@ Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 PROMPT_CACHE_NUMBER = 1
 CALIBRATION_NUMBER = 1
 EXAMPLE_CACHE_NUMBER = 3
+PREVIEW_CACHE_NUMBER = 1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kadr.cancellation import CancelToken
 from kadr.errors import KadrError, KadrWarning
 from kadr.jobs.job import canonical_json
-from kadr.jobs.stills import write_stills
+from kadr.jobs.stills import encode_preview, write_stills
 from kadr.pipeline.progress import Progress
 from kadr.planning.plan import Plan
 from kadr.request.request import Request
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kadr.pipeline.video import VideoFile
 
 VIDEO_FILE, THUMBNAIL_FILE, SPRITESHEET_FILE = "video.mp4", "thumbnail.jpg", "spritesheet.jpg"
+SECONDS_BETWEEN_PREVIEWS, PREVIEW_SECONDS = 0.5, 2.0  # and the time in which one plays
 _LAYERS_PER_STAGE = 20  # at least, so that a layer takes at most that part of the stage
 
 Report = Callable[[str, Any], None]
@@ -55,12 +56,14 @@ class EngineMaker:
 
     Args:
         options: arguments of `Engine.open` for every job, unless its own differ.
+        previews: report a preview after a step, at most one each half second.
         writes_stills: also write a thumbnail and a spritesheet.
         stores_paths: see `Engine.write`.
         opens_first: see `NewJob.engine`; opened before the first job, if it is on disk.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
+    previews: bool = False
     writes_stills: bool = True
     stores_paths: bool = True
     opens_first: Mapping[str, Any] | None = None
@@ -96,7 +99,8 @@ class EngineMaker:
             video = engine.write(
                 request,
                 task.output / VIDEO_FILE,
-                watch=lambda progress: report("progress", describe_progress(progress)),
+                watch=_Watcher(report, self.previews),
+                preview=self.previews,
                 on_plan=lambda plan: report("plan", describe_plan(plan)),
                 cancel=token,
                 stores_paths=self.stores_paths,
@@ -114,6 +118,21 @@ class EngineMaker:
             gc.collect()
             self._engine, self._engine_key = Engine.open(**{**self.options, **options}), key
         return self._engine
+
+
+class _Watcher:
+    """Reports progress, and a preview with it where the last one is old enough."""
+
+    def __init__(self, report: Report, previews: bool) -> None:
+        self._report, self._previews, self._next_preview_at = report, previews, 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        self._report("progress", describe_progress(progress))
+        if not self._previews or time.monotonic() < self._next_preview_at:
+            return
+        if (frames := progress.preview) is not None:
+            self._report("preview", encode_preview(frames, PREVIEW_SECONDS))
+            self._next_preview_at = time.monotonic() + SECONDS_BETWEEN_PREVIEWS
 
 
 def with_media_in(request: Request, folder: Path) -> Request:

@@ -157,6 +157,7 @@ class Engine(StageAccess):
         request: Request | ResolvedRequest,
         *,
         watch: Watch = ignore_progress,
+        preview: bool = False,
         cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> Video:
@@ -166,6 +167,8 @@ class Engine(StageAccess):
             request: any `size` in pixels (sampled at the next multiple of 32 and cropped back) and any number of
                 `frames` (sampled as 8k+1 and trimmed back) at `fps`.
             watch: called with a `Progress` after every step. Raise `Cancelled` from it to cancel.
+            preview: give each step's `Progress` a `preview`. The first time with a VAE this takes some seconds, and the
+                memory of its encoder in float32, to fit the map for them; it is kept beside the prompt cache.
             cancel: cancels the work, from any thread or signal handler; see `CancelToken`. None takes the current one.
             wait: wait until the engine has made the video before this one.
 
@@ -180,7 +183,7 @@ class Engine(StageAccess):
             Busy: another video is being made, and `wait` is false.
             Cancelled: `cancel` was cancelled, or `watch` raised it.
         """
-        with self.start(request, watch=watch, cancel=cancel, wait=wait) as generation:
+        with self.start(request, watch=watch, preview=preview, cancel=cancel, wait=wait) as generation:
             resolved, latents = generation.resolved, generation.denoise()
             frames = np.empty((resolved.frames, resolved.size.height, resolved.size.width, 3), dtype=np.uint8)
             done = 0
@@ -201,6 +204,7 @@ class Engine(StageAccess):
         transformer: TrainedTransformer | None = None,
         kernels: Mapping[str, str] | None = None,
         stores_paths: bool = True,
+        preview: bool = False,
         cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> VideoFile:
@@ -211,7 +215,8 @@ class Engine(StageAccess):
         stored in a folder beside it: `clip.windows` for `clip.mp4`.
 
         Args:
-            watch, cancel, wait: as in `generate`. Cancelled, it leaves nothing but finished windows of a long video.
+            watch, preview, cancel, wait: as in `generate`. Cancelled, it leaves nothing but finished windows of a long
+                video.
             on_plan: called with the plan before anything is loaded.
             resume: continue from the windows that an interrupted generation of the same request has stored.
             transformer: used instead of the model's own.
@@ -225,7 +230,8 @@ class Engine(StageAccess):
         check_path("the path of the video", path)
         original = request.request if isinstance(request, ResolvedRequest) else check_request(request)
         refuse_overwriting(original, Path(path))
-        with self.start(request, watch=watch, transformer=transformer, cancel=cancel, wait=wait) as generation:
+        started = self.start(request, watch=watch, transformer=transformer, preview=preview, cancel=cancel, wait=wait)
+        with started as generation:
             if on_plan is not None:
                 on_plan(generation.plan)
             restore_kernels(generation, kernels)

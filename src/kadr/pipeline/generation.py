@@ -27,6 +27,7 @@ from kadr.pipeline.stages.control_networks import fetch_networks
 from kadr.pipeline.stages.decode import DecodeStage
 from kadr.pipeline.stages.denoise import DenoiseStage
 from kadr.pipeline.stages.encode import EncodedInputs, Media
+from kadr.pipeline.stages.preview import PreviewMap
 from kadr.pipeline.stages.text import PromptEncoder
 from kadr.pipeline.stages.upscale import upscale_latents
 from kadr.planning.plan import Plan
@@ -44,6 +45,7 @@ class Generation:
         prompt_encoder: of the request's prompts.
         watch: called after every step.
         token: cancels it; see `cancel`.
+        preview_map: for the previews of each step; None for none.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Generation:
         prompt_encoder: PromptEncoder,
         watch: Watch,
         token: CancelToken,
+        preview_map: PreviewMap | None = None,
     ) -> None:
         self._token = token
         self.resolved, self.modules, self.prompt_encoder, self.watch = resolved, modules, prompt_encoder, watch
@@ -60,7 +63,7 @@ class Generation:
         self.device = modules.device
         # Opened before any weight: an unreadable file must cost nothing.
         self.media = Media(resolved, modules.notices.add)
-        self.denoise_stage = DenoiseStage(modules, resolved, self.noise_streams, watch)
+        self.denoise_stage = DenoiseStage(modules, resolved, self.noise_streams, watch, preview_map)
 
     def cancel(self, reason: str = "") -> None:
         """Stops the work within a second or a layer, whichever is longer, with `Cancelled`, and leaves nothing.

@@ -11,8 +11,10 @@ from kadr.cancellation import check_cancelled
 from kadr.errors import Busy, CheckpointError
 from kadr.memory.module_cache import ModuleCache
 from kadr.pipeline.loading.module_loader import ModuleLoader
+from kadr.pipeline.notices import Notices
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.stages.control_networks import fetch_networks
+from kadr.pipeline.stages.preview import PreviewMap, open_preview_map
 from kadr.pipeline.stages.text import PromptEncoder
 from kadr.request.request import Request
 from kadr.request.resolve import resolve
@@ -90,10 +92,24 @@ class OpenModel:
 
     def _use_spec(self, spec: ModelSpec) -> None:
         self.loader = ModuleLoader(spec)
+        self._preview_map: PreviewMap | None = None
         # No weight format in the key: the text encoder's placement does not change what it computes.
         self.prompt_cache = PromptCache.open(
             self._prompt_cache_location, spec.text_encoder_checkpoint, dtype=spec.dtype, device=spec.device.type
         )
+
+    def open_preview_map(self, notices: Notices) -> PreviewMap | None:
+        """Returns the map for previews, fitted to the VAE where no earlier generation has stored it.
+
+        Args:
+            notices: takes the reason why there is none.
+        """
+        if self._preview_map is None:
+            try:
+                self._preview_map = open_preview_map(self.loader, self._prompt_cache_location)
+            except (CheckpointError, MemoryError) as error:
+                notices.add(f"there are no previews: {error or 'memory is full'}")
+        return self._preview_map
 
     def prompt_encoder(self, prompts: Sequence[str]) -> PromptEncoder:
         return PromptEncoder(self.spec.tokenizer, self.prompt_cache, prompts)

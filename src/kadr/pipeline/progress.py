@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STAGES = ("text", "control", "encode", "train", "denoise", "upscale", "refine", "decode")
 
@@ -21,6 +25,7 @@ class Progress:
         sigma: sigma of the step just finished; None except in "denoise" and "refine".
         eta: estimated seconds until the stage ends, at its pace so far; None before its first step.
         window: of a long video, (number of the current window from 1, number of windows). Steps count over all windows.
+        render_preview: see `preview`.
     """
 
     stage: str
@@ -29,6 +34,16 @@ class Progress:
     sigma: float | None = None
     eta: float | None = None
     window: tuple[int, int] | None = None
+    render_preview: Callable[[], np.ndarray] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def preview(self) -> np.ndarray | None:
+        """The video as this step predicts it: uint8 (f, h, w, 3), RGB, an eighth of the frames, a quarter of each side.
+
+        Only in "denoise" and "refine", and if the generation was started with `preview`; else None. It is computed when
+        it is read, within milliseconds; read it before the next step, or its tensors stay in memory.
+        """
+        return None if self.render_preview is None else self.render_preview()
 
 
 Watch = Callable[[Progress], None]
@@ -57,7 +72,10 @@ class StageProgress:
     def __post_init__(self) -> None:
         self.watch(Progress(self.name, self.steps_before, self.total, window=self.window))
 
-    def report(self, step: int, sigma: float | None = None) -> None:
+    def report(
+        self, step: int, sigma: float | None = None, render_preview: Callable[[], np.ndarray] | None = None
+    ) -> None:
         """Reports progress. step: number of finished steps, without `steps_before`."""
         pace, done = (time.monotonic() - self.started_at) / max(step, 1), self.steps_before + step
-        self.watch(Progress(self.name, done, self.total, sigma, pace * (self.total - done), self.window))
+        eta = pace * (self.total - done)
+        self.watch(Progress(self.name, done, self.total, sigma, eta, self.window, render_preview))

@@ -68,6 +68,7 @@ class StageAccess:
         stages: Collection[str] = (),
         prompts: Sequence[str] | None = None,
         transformer: TrainedTransformer | None = None,
+        preview: bool = False,
         cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> Iterator[Generation]:
@@ -79,7 +80,7 @@ class StageAccess:
             stages: the stages that will run; () for all.
             prompts: prompts to encode instead of the request's.
             transformer: used instead of the model's own.
-            watch, cancel, wait: see `generate`.
+            watch, preview, cancel, wait: see `generate`.
 
         Raises:
             As `generate`.
@@ -104,7 +105,8 @@ class StageAccess:
             restore_calibrated_kernels(self.spec)
             notices = Notices(self.spec.notices)
             modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
-            generation = Generation(resolved, modules, encoder, watch, token)
+            preview_map = self._model.open_preview_map(notices) if preview else None
+            generation = Generation(resolved, modules, encoder, watch, token, preview_map)
             if prompts is None and (not stages or "text" in stages):
                 warn_of_prompts(resolved, self.spec)
             if transformer is None and (not stages or "denoise" in stages):

@@ -145,7 +145,8 @@ def open_state(settings: ServerSettings, log: Callable[[str], object]) -> Any:
     devices = settings.devices or (None,)
     makers = [
         partial(EngineMaker, engine_options if device is None else {**engine_options, "device": device},
-                stores_paths=False, opens_first={"model": next(iter(settings.models.values())), "loras": []})
+                stores_paths=False,
+            previews=True, opens_first={"model": next(iter(settings.models.values())), "loras": []})
         for device in devices
     ]  # fmt: skip
     queue = JobQueue(

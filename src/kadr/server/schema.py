@@ -151,6 +151,7 @@ class VideoJob(BaseModel):
     notices: list[str] = Field(default_factory=list, description="What was degraded on the way, and why.")
     url: str | None = Field(None, description="Address of the file for a while, without a token; once completed.")
     thumbnail_url: str | None = None
+    preview_url: str | None = Field(None, description="Address of the newest preview; while it is in progress.")
     inference_time_s: float | None = None
     priority: int = 0
     owner: str | None = Field(None, description="Name of its token; only admins see it.")

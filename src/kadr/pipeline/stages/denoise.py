@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.conditions import apply_condition
 from kadr.pipeline.stages.encode import EncodedInputs
+from kadr.pipeline.stages.preview import PreviewMap
 from kadr.request.passes import ResolvedPass, noise_stream_name
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.sampling.conditioning import add_image_noise
@@ -30,6 +32,7 @@ from kadr.sampling.reference_tokens import ReferenceTokens
 from kadr.sampling.samplers import EULER, SAMPLERS, Denoiser
 from kadr.sampling.state import LatentState
 from kadr.sampling.step_cache import PassCache
+from kadr.shapes import LatentGrid
 from kadr.spec.model import PASS_STAGES
 
 
@@ -39,12 +42,14 @@ class DenoiseStage:
 
     Args:
         request: a resolved request.
+        preview_map: for the previews of each step; None for none.
     """
 
     modules: Modules
     request: ResolvedRequest
     noise_streams: NoiseStreams
     watch: Watch
+    preview_map: PreviewMap | None = None
 
     def denoise_pass(
         self,
@@ -120,14 +125,17 @@ class DenoiseStage:
                 (resolved_pass.window_index + 1, resolved_pass.window_count) if is_window else None,
             )
 
+            embeddings = [item._replace(embeddings=item.embeddings.to(stage_dtype)) for item in prompt_embeddings]
+            denoiser = self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, embeddings)
+            preview = None if self.preview_map is None else StepPreview(self.preview_map, denoiser, resolved_pass.grid)
+
             def watch(index: int, sigma: float, state: LatentState) -> None:
                 location = f" of window {resolved_pass.window_index + 1}" if is_window else ""
                 finite_check.check(state.tokens, f"step {index + 1} of {count}{location}")
-                progress.report(index + 1, sigma)
+                progress.report(index + 1, sigma, None if preview is None else preview.render)
 
-            embeddings = [item._replace(embeddings=item.embeddings.to(stage_dtype)) for item in prompt_embeddings]
             state = SAMPLERS[resolved_pass.settings.sampler or EULER].sample(
-                self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, embeddings),
+                denoiser if preview is None else preview,
                 state,
                 torch.tensor(resolved_pass.sigmas, dtype=torch.float32, device=device),
                 noise=self._step_noise(resolved_pass, "stochastic"),
@@ -179,6 +187,29 @@ class DenoiseStage:
 
     def _step_noise(self, resolved_pass: ResolvedPass, name: str) -> StepNoise:
         return StepNoise(self.noise_streams, noise_stream_name(resolved_pass, name))
+
+
+class StepPreview:
+    """A denoiser that remembers its last prediction, to show what the clean video would be.
+
+    Args:
+        grid: of the video, whose tokens come first.
+    """
+
+    def __init__(self, preview_map: PreviewMap, denoiser: Denoiser, grid: LatentGrid) -> None:
+        self._preview_map, self._denoiser, self._grid = preview_map, denoiser, grid
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, level: float, tokens: Tensor, token_sigmas: Tensor) -> Tensor:
+        velocity = self._denoiser(level, tokens, token_sigmas)
+        self._last = tokens, velocity, token_sigmas
+        return velocity
+
+    def render(self) -> np.ndarray:
+        """Returns frames, as `PreviewMap.render`, of the last prediction."""
+        assert self._last is not None  # a step begins with one
+        tokens, velocity, token_sigmas = (tensor[0, : self._grid.num_tokens] for tensor in self._last)
+        return self._preview_map.render(tokens - token_sigmas[:, None] * velocity.to(tokens.dtype), self._grid)
 
 
 @dataclass(frozen=True)

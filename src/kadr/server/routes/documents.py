@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel
 
 from kadr.server import schema
@@ -60,6 +60,10 @@ SYNC: dict[str, Any] = {
     "response_class": FileResponse,
     "responses": {200: _MP4, **_BODY_ERRORS, **envelope_responses(422)},
     "openapi_extra": CREATE["openapi_extra"],
+}
+PREVIEW_FILE: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {200: {"content": {"image/webp": {}}}, **ERRORS},
 }
 CONTENT: dict[str, Any] = {
     "response_class": FileResponse,

@@ -28,6 +28,7 @@ from kadr.server.state import Sender, ServerState, State
 
 MAX_KEY_CHARACTERS = 255
 SYNC_POLL_SECONDS = 0.25
+FILE_HEADERS = {"cache-control": "private, no-store", "x-content-type-options": "nosniff"}
 _FILES = {
     VIDEO: (VIDEO_FILE, "video/mp4"),
     THUMBNAIL: (THUMBNAIL_FILE, "image/jpeg"),
@@ -159,6 +160,16 @@ async def get_content(
             400, f"{job.id} is {job.status}; its content comes when it is completed.", code="video_not_ready"
         )
     return _file(state, job.id, variant)
+
+
+@router.get("/videos/{video_id}/preview", **documents.PREVIEW_FILE)
+async def get_preview(state: State, client: Sender, video_id: str) -> Response:
+    """Fetches the newest preview of a video in progress: an animated WebP, a quarter of its size."""
+    job = state.queue.store.get(video_id, client.scope)
+    live = state.queue.supervisor.live.get(job.id)
+    if live is None or live.preview is None:
+        raise ApiError(404, f"{job.id} has no preview now.", code="preview_not_found")
+    return Response(live.preview, media_type="image/webp", headers=FILE_HEADERS)
 
 
 @router.post("/videos/{video_id}/remix", **documents.REMIX)
@@ -319,8 +330,7 @@ def _file(state: ServerState, job_id: str, variant: str) -> FileResponse:
     path = state.queue.store.folders.output(job_id) / name
     if not path.is_file():
         raise ApiError(404, f"the {variant} of {job_id} is no longer on the server's disk.", code="content_not_found")
-    headers = {"cache-control": "private, no-store", "x-content-type-options": "nosniff"}
-    return FileResponse(path, media_type=kind, filename=f"{job_id}{path.suffix}", headers=headers,
+    return FileResponse(path, media_type=kind, filename=f"{job_id}{path.suffix}", headers=FILE_HEADERS,
                         content_disposition_type="inline")  # fmt: skip
 
 

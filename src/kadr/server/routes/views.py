@@ -58,6 +58,7 @@ def show_video(
         "seq": job.seq,
         "queue_position": position if job.status == QUEUED else None,
         **_show_live(live),
+        "preview_url": _preview_address(state, job, live, base_url),
         "notices": [hide_paths(notice) for notice in notices],
         **(_addresses(state, job, base_url) if job.status == COMPLETED else {"url": None, "thumbnail_url": None}),
         "inference_time_s": result.get("inference_seconds"),
@@ -104,6 +105,12 @@ def _addresses(state: ServerState, job: Job, base_url: str) -> dict[str, str]:
         "url": base_url + state.signer.sign(path),
         "thumbnail_url": base_url + state.signer.sign(path, variant=THUMBNAIL),
     }
+
+
+def _preview_address(state: ServerState, job: Job, live: LiveJob | None, base_url: str) -> str | None:
+    if live is None or live.preview is None:
+        return None
+    return base_url + state.signer.sign(f"/v1/videos/{job.id}/preview")
 
 
 def _whole(seconds: float | None) -> int | None:
