@@ -1,4 +1,4 @@
-"""Only regular files are opened: a pipe would block for ever, a device may never end."""
+"""Only regular files are opened, and small ones read: a pipe would block for ever, a device may never end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from kadr.regular_file import NotRegularFileError, open_regular, read_text, require_regular
+from kadr.regular_file import (
+    FileTooLargeError,
+    NotRegularFileError,
+    open_regular,
+    read_bytes,
+    read_text,
+    require_regular,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 
@@ -40,3 +47,15 @@ def test_regular_files_are_read_and_missing_ones_are_named(tmp_path: Path) -> No
     require_regular(tmp_path)  # a folder is read by its own rules
     with pytest.raises(FileNotFoundError):
         read_text(tmp_path / "absent")
+
+
+def test_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+    for read in (read_bytes, read_text):
+        with pytest.raises(FileTooLargeError, match=r"^it has more than 8,000,000 bytes, too many for such a file$"):
+            read(tmp_path / "large")
+    (tmp_path / "small").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "small", 5) == b"12345"
+    with pytest.raises(FileTooLargeError, match="more than 4 bytes"):
+        read_bytes(tmp_path / "small", 4)

@@ -15,6 +15,7 @@ import pytest
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError
 from tests.fakehub import COMMIT, FakeHub, digest, serve_fake_hub
+from tests.fuzz.command import Case, run_command
 
 REPO, FILE = "Lightricks/LTX-Video", "ltxv-2b-0.9.6-dev-04-25.safetensors"
 WEIGHTS = bytes(range(256)) * 40
@@ -224,3 +225,23 @@ def test_a_connection_or_disk_error_is_explained(
     with pytest.raises(CheckpointError, match=r"could not be fetched: .*(cut|No space left)") as raised:
         hub.fetch(REPO, FILE)
     assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", bytes(40), b"", b"a/../../b", b"x" * 300])
+def test_damaged_name_of_the_cached_commit_means_not_cached(cache: Path, content: bytes) -> None:
+    folder = cache / f"models--{REPO.replace('/', '--')}" / "refs"
+    folder.mkdir(parents=True)
+    (folder / "main").write_bytes(content)
+    assert hub.cached_file(REPO, FILE) is None
+    assert hub.cached_folder(REPO, PATTERNS) is None
+    assert hub.list_cached(REPO, PATTERNS) == {}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HF_HUB_ETAG_TIMEOUT", "soon"), ("HF_ENDPOINT", "http://[::1"), ("HF_HUB_CACHE", "~nobody-x/y")],
+)
+def test_variable_that_the_hub_library_refuses_is_explained(variable: str, value: str) -> None:
+    outcome = run_command(Case(("models",), environment={variable: value}))
+    assert (outcome.code, outcome.out, list(outcome.complaints())) == (1, "", [])
+    assert "Correct the environment variables whose names begin with HF_" in outcome.err

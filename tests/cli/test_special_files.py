@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,11 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+from PIL import Image
 
+from kadr.models.registry import find_release
+from kadr.spec.locate import find_release_on_disk
+from tests import tiny_models
 from tests.cli.conftest import CommandResult, FakeEngine
 
 Run = Callable[..., CommandResult]
@@ -136,3 +141,35 @@ def test_a_full_stderr_does_not_stop_a_video(kadr: Run, engine: FakeEngine, monk
     with pytest.raises(OSError, match="No space left"):
         full.close()
     assert (result.code, result.out) == (0, "out.mp4\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "args"),
+    [
+        ("m/text_encoder/config.json", ("inspect", "m/text_encoder")),
+        ("m/text_encoder/model.safetensors.index.json", ("inspect", "m/text_encoder")),
+        ("m/tokenizer/spiece.model", ("quantize", "m", "x.gguf", "--type", "F16")),
+        ("lora/adapter_config.json", ("inspect", "lora")),
+        ("m/image.txt", ("train-lora", "m")),
+        (
+            "out.windows/request.json",
+            ("generate", PROMPT, "--size", "32x32", "--frames", "33", "--window", "17", "--resume"),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_huge_file_beside_the_weights_is_not_read(
+    kadr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, args: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_models.write_model(tmp_path / "m")
+    Image.new("RGB", (32, 32)).save("m/image.png")
+    Path("lora").mkdir()
+    shutil.copy(find_release_on_disk(find_release("demo-lora-teal")), "lora/adapter_model.safetensors")
+    Path("out.windows").mkdir()
+    Path("out.windows/window-0001.safetensors").touch()
+    with Path(file).open("wb") as opened:
+        opened.truncate(1 << 40)  # takes no room on the disk
+    result = kadr(*args)
+    assert (result.code, result.out) == (1, "")
+    assert "it has more than" in result.err

@@ -1,6 +1,7 @@
 """The tokenizer on a small SentencePiece model trained here, against transformers' T5Tokenizer and closed forms."""
 
 import io
+import json
 import random
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import transformers
 
 from kadr.errors import CheckpointError, RequestError
-from kadr.text.tokenizer import EOS_ID, MAX_SEQUENCE_LENGTH, Tokenizer
+from kadr.text.tokenizer import EOS_ID, MAX_SEQUENCE_LENGTH, MAX_TOKENIZER_BYTES, Tokenizer
 
 PLAIN = (
     "a red circle moving right over the blue sea while birds fly slowly through golden light of evening cafés 42 , ."
@@ -257,8 +258,31 @@ def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
     def denied(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("kadr.text.tokenizer.open_regular", denied)
+    monkeypatch.setattr("kadr.regular_file.open_regular", denied)
     with pytest.raises(CheckpointError, match=r"spiece.model cannot be read: Permission denied"):
+        Tokenizer.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
+def test_file_too_large_for_a_tokenizer_is_not_read(tmp_path, name):
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(MAX_TOKENIZER_BYTES + 1)
+    with pytest.raises(CheckpointError, match=r"cannot be read: it has more than 32,000,000 bytes, too many"):
+        Tokenizer.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"type": "Replace", "pattern": {"String": "r"}, "content": "rr"},
+        {"type": "Prepend", "prepend": "rr"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["normalizer", "pre_tokenizer"])
+def test_rules_that_make_a_text_longer_are_refused(tmp_path, rule, kind):
+    rules = {"type": "Sequence", "normalizers": [rule] * 33}  # each doubles the text
+    (tmp_path / "tokenizer.json").write_text(json.dumps({kind: rules}))
+    with pytest.raises(CheckpointError, match=r"replaces or adds text by 'rr', more than one character"):
         Tokenizer.open(tmp_path)
 
 

@@ -19,11 +19,13 @@ from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest, is_digest
 from kadr.errors import Cancelled, CheckpointError
 from kadr.file_names import replace_file
 from kadr.json_reader import parse_json
+from kadr.regular_file import read_text
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 RESERVED_BYTES = 1 << 30  # stay free on the disk after a download
+MAX_COMMIT_BYTES = 100  # of a commit's name
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,26 @@ class RemoteFile:
 
 def cached_file(repo: str, file: str) -> Path | None:
     """Returns the path of a file in the cache, if it is there. Uses no network."""
-    from huggingface_hub import try_to_load_from_cache
+    with _explain_settings():
+        from huggingface_hub.file_download import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo, file)
+        try:
+            path = try_to_load_from_cache(repo, file)
+        except UnicodeDecodeError:  # of the file that names the commit: a power cut may leave anything
+            return None
     return Path(path) if isinstance(path, str) else None
 
 
 def cached_folder(repo: str, patterns: Sequence[str]) -> Path | None:
     """Returns a repository's folder in the cache, if all files that the patterns name are there. Uses no network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    with _explain_settings():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+        try:
+            folder = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
+        except (LocalEntryNotFoundError, UnicodeDecodeError):  # see `cached_file`
+            return None
     # Older versions of huggingface_hub also return the folder of an interrupted download.
     files = _list_local(folder, patterns)
     all_matched = all(fnmatch.filter(files, pattern) for pattern in patterns)
@@ -90,9 +97,17 @@ def cached_folder(repo: str, patterns: Sequence[str]) -> Path | None:
 
 def list_cached(repo: str, patterns: Sequence[str]) -> dict[str, Path]:
     """Lists the files that the cache has for the patterns, by name; some paths may be gone from the disk."""
-    commit = _repo_folder(repo) / "refs" / "main"
-    folder = _repo_folder(repo) / "snapshots" / (commit.read_text("utf-8").strip() if commit.is_file() else "main")
-    return _list_local(folder, patterns)
+    return _list_local(_repo_folder(repo) / "snapshots" / _cached_commit(repo), patterns)
+
+
+def _cached_commit(repo: str) -> str:
+    """Returns the commit that the cache has as the newest; "main" where no file names one."""
+    file = _repo_folder(repo) / "refs" / "main"
+    try:
+        commit = read_text(file, max_bytes=MAX_COMMIT_BYTES).strip() if file.is_file() else ""
+    except (OSError, UnicodeDecodeError):
+        commit = ""
+    return commit if commit.isalnum() else "main"
 
 
 def list_missing(repo: str, patterns: Sequence[str]) -> list[RemoteFile]:
@@ -196,8 +211,8 @@ def _list_local(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
 
 def _read_shard_names(index: Path) -> set[str]:
     try:
-        return set(parse_json(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return set(parse_json(read_text(index))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()  # damaged: its checksum reports it
 
 
@@ -307,6 +322,24 @@ def _supports_symlinks() -> bool:
 
 
 @contextmanager
+def _explain_settings() -> Iterator[None]:
+    """Explains where huggingface_hub refuses its settings: it reads them when it is imported.
+
+    Raises:
+        CheckpointError: an environment variable has a value that it does not take.
+    """
+    try:
+        import huggingface_hub.file_download  # noqa: F401 (the package's own lazy import prints its errors to stdout)
+
+        yield
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a ~user that there is not
+        raise CheckpointError(
+            f"huggingface_hub cannot use its settings: {str(error).rstrip('.')}. Correct the environment variables "
+            "whose names begin with HF_."
+        ) from error
+
+
+@contextmanager
 def _translate_errors(repo: str, patterns: Iterable[str]) -> Iterator[None]:
     try:
         check_cancelled()
@@ -350,12 +383,14 @@ def _url(repo: str) -> str:
 
 def _repo_folder(repo: str) -> Path:
     """Returns the folder of a repository in the cache."""
-    from huggingface_hub.file_download import repo_folder_name
+    with _explain_settings():
+        from huggingface_hub.file_download import repo_folder_name
 
     return _cache_folder() / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def _cache_folder() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
+    with _explain_settings():
+        from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)

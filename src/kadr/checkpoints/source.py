@@ -21,7 +21,7 @@ from kadr.checkpoints.header import TensorInfo, read_header
 from kadr.errors import CheckpointError
 from kadr.json_reader import parse_json
 from kadr.memory.mapped_files import map_file
-from kadr.quoting import quote
+from kadr.quoting import quote, show
 from kadr.regular_file import read_text
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # file stems of the weights in diffusers and transformers folders
@@ -201,9 +201,8 @@ def _find_shards(index: Path) -> tuple[Path, ...]:
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it names no file, or one in another folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} cannot be read as an index of shards: {quote(error)}. Download it again."
-        ) from error
+        reason = show(error, 200) if isinstance(error, OSError | ValueError) else quote(error)
+        raise CheckpointError(f"{index} cannot be read as an index of shards: {reason}. Download it again.") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(

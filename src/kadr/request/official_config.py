@@ -17,7 +17,7 @@ from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import Recipe
 from kadr.quoting import quote, show
-from kadr.regular_file import open_regular
+from kadr.regular_file import read_text
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
 from kadr.validation import expand_home, is_number
@@ -197,16 +197,10 @@ class _ErrorContext:
 def _load_yaml(path: Path) -> Mapping[Any, Any]:
     advice = "Give a pipeline config such as configs/ltxv-13b-0.9.8-dev.yaml of the official package."
     try:
-        with open_regular(path) as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise RequestError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes, too many for a config. {advice}")
-        data = parse_yaml(raw.decode("utf-8"))
+        data = parse_yaml(read_text(path, max_bytes=MAX_CONFIG_BYTES))
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise RequestError(f"the config {path} cannot be read: {reason}. {advice}") from error
-    except RequestError:
-        raise
     except ValueError as error:
         raise RequestError(f"{path} is not YAML: {show(error, 200)}. {advice}") from error
     if not isinstance(data, dict):

@@ -11,7 +11,7 @@ from typing import Any
 from kadr.cache_home import config_home
 from kadr.errors import RequestError
 from kadr.quoting import quote
-from kadr.regular_file import open_regular
+from kadr.regular_file import FileTooLargeError, read_text
 from kadr.validation import check_path, expand_home
 
 if sys.version_info >= (3, 11):
@@ -113,14 +113,11 @@ def _read_text(file: Path, max_bytes: int) -> str:
         RequestError: it is larger, cannot be read, or is not text.
     """
     try:
-        with open_regular(file) as opened:
-            content = opened.read(max_bytes + 1)
+        return read_text(file, "utf-8-sig", max_bytes=max_bytes)
+    except FileTooLargeError as error:
+        raise RequestError(f"{file} is not a config: {error}. Name another file.") from error
     except OSError as error:
         raise RequestError(f"{file} cannot be read: {error.strerror or error}. Make it readable.") from error
-    if len(content) > max_bytes:
-        raise RequestError(f"{file} has more than {max_bytes:,} bytes, so it is not a config. Name another file.")
-    try:
-        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"{file} is not text in UTF-8. Save it in that encoding.") from error
 

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece
 import tokenizers
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from kadr.errors import CheckpointError, RequestError
+from kadr.json_reader import parse_json
 from kadr.quoting import quote
-from kadr.regular_file import open_regular
+from kadr.regular_file import read_bytes
 from kadr.text.sentencepiece_model import SentencePieceModel, serialize_sentencepiece
 
+MAX_TOKENIZER_BYTES = 32_000_000  # T5's spiece.model has 0.8 MB, and its tokenizer.json 2.4
 MAX_SEQUENCE_LENGTH = 256  # tokens, as the released transformers were trained
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 _SPECIAL_TOKENS = {"<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNKNOWN_ID}
@@ -73,8 +75,7 @@ class Tokenizer:
         """
         file = find_tokenizer_file(path)
         try:
-            with open_regular(file) as opened:
-                data = opened.read()
+            data = read_bytes(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
             raise CheckpointError(
                 f"{file} cannot be read: {error.strerror}. Make it readable, or name another."
@@ -180,6 +181,7 @@ def _from_sentencepiece(
 
 
 def _from_json(data: bytes, file: Path) -> tuple[Callable[[str], list[int]], int]:
+    _refuse_growth(data, file)
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no narrower class
@@ -192,6 +194,30 @@ def _from_json(data: bytes, file: Path) -> tuple[Callable[[str], list[int]], int
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     return text_to_ids, tokenizer.get_vocab_size()
+
+
+def _refuse_growth(data: bytes, file: Path) -> None:
+    """Refuses rules that make a text longer: a few dozen that double it fill memory, and the library then aborts.
+
+    Those of T5 replace spaces by one character.
+
+    Raises:
+        CheckpointError: it has such a rule, or is not JSON.
+    """
+    try:
+        config = parse_json(data)
+    except ValueError as error:
+        raise _unreadable_error(file, len(data), "tokenizer of the tokenizers library", error) from error
+    unread: list[Any] = [config.get("normalizer"), config.get("pre_tokenizer")] if isinstance(config, dict) else []
+    while unread:
+        rule = unread.pop()
+        unread += rule.values() if isinstance(rule, dict) else rule if isinstance(rule, list) else ()
+        for key in ("content", "prepend") if isinstance(rule, dict) else ():
+            if isinstance(rule.get(key), str) and len(rule[key]) > 1:
+                raise CheckpointError(
+                    f"{file} is not T5's tokenizer: it replaces or adds text by {quote(rule[key])}, more than one "
+                    f"character. {_ADVICE}"
+                )
 
 
 def _unreadable_error(file: Path, size: int, kind: str, error: Exception) -> CheckpointError:

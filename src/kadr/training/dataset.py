@@ -20,7 +20,7 @@ from kadr.request.inputs import CLIP_SUFFIXES
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 REFERENCE_SUFFIX = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4
-CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIX, MAX_CAPTION_BYTES = ".txt", 1 << 16
 MAX_SUBFOLDER_ENTRIES = 10_000  # that are looked at for a warning: the folder may be the whole disk
 MAX_LISTED_EXAMPLES = 10  # unusable files that an error or warning names
 
@@ -138,7 +138,7 @@ def _read_example(path: Path, frames: int, *, references: bool) -> Example:
 def _read_caption(path: Path) -> str:
     caption_path = path.with_suffix(CAPTION_SUFFIX)
     try:
-        caption = " ".join(read_text(caption_path, "utf-8-sig").split())
+        caption = " ".join(read_text(caption_path, "utf-8-sig", max_bytes=MAX_CAPTION_BYTES).split())
     except FileNotFoundError:
         raise RequestError(f"{path.name} has no caption: describe it in {caption_path.name}.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -29,9 +29,10 @@ from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.quant.mixes import Mix, assign_types
+from kadr.regular_file import read_bytes
 from kadr.schema import GGUF
 from kadr.text.sentencepiece_model import SentencePieceModel, parse_sentencepiece
-from kadr.text.tokenizer import find_tokenizer_file
+from kadr.text.tokenizer import MAX_TOKENIZER_BYTES, find_tokenizer_file
 from kadr.validation import refuse_overwriting_source
 
 QUANTIZATION_VERSION = 2  # llama.cpp's version of the block layouts
@@ -201,6 +202,6 @@ def _find_pieces(text_encoder: TextEncoderCheckpoint) -> SentencePieceModel:
             f"spiece.model. Put that of google/t5-v1_1-xxl into {file.parent}."
         )
     try:
-        return parse_sentencepiece(file.read_bytes())
+        return parse_sentencepiece(read_bytes(file, MAX_TOKENIZER_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{file} cannot be written into a GGUF file: {error}. Download it again.") from error

@@ -8,6 +8,7 @@ from datetime import date
 
 from kadr.cache_home import cache_home
 from kadr.cli.terminal.errors import print_stderr
+from kadr.regular_file import read_text
 
 NOTICES_FOLDER = "notices"  # in the folder of caches: a file for each notice, with the day on which it was printed last
 
@@ -20,7 +21,7 @@ def print_daily(name: str, text: str, *, today: Callable[[], date] = date.today)
     """
     day = today().isoformat()
     with suppress(OSError, RuntimeError, UnicodeDecodeError):  # RuntimeError: this user has no home directory
-        if (cache_home() / NOTICES_FOLDER / name).read_text("utf-8").strip() == day:
+        if read_text(cache_home() / NOTICES_FOLDER / name).strip() == day:
             return
     print_stderr(text)
     with suppress(OSError, RuntimeError):

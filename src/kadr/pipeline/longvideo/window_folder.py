@@ -27,6 +27,7 @@ from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.json_reader import parse_json
 from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock
 from kadr.quoting import quote
+from kadr.regular_file import read_text
 from kadr.schema import WINDOW_FOLDER, upgrade_video_metadata
 
 REQUEST_FILE = "request.json"
@@ -179,7 +180,7 @@ def _write_request_file(folder: Path, data: Mapping[str, Any]) -> None:
 def _read_kernels(folder: Path) -> dict[str, str]:
     """Returns the kernels that computed the stored windows; {} where none were recorded."""
     try:
-        kernels = parse_json((folder / REQUEST_FILE).read_text("utf-8")).get(_KERNELS_KEY)
+        kernels = parse_json(read_text(folder / REQUEST_FILE)).get(_KERNELS_KEY)
     except (OSError, ValueError, AttributeError):
         return {}
     return kernels if isinstance(kernels, dict) else {}
@@ -271,7 +272,7 @@ def _read_identity(folder: Path) -> dict[str, Any]:
     """
     file = folder / REQUEST_FILE
     try:
-        stored = parse_json(file.read_text("utf-8"))
+        stored = parse_json(read_text(file))
         if not isinstance(stored, dict):
             raise ValueError("it is not a JSON object")
         identity = WINDOW_FOLDER.upgrade(stored, file).get(_VIDEO_KEY)

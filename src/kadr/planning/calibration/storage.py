@@ -23,6 +23,7 @@ from kadr.kernels import mode
 from kadr.memory.cpu import cpu_model
 from kadr.planning.calibration.calibration import Calibration
 from kadr.planning.calibration.probe import measure_matmul_rate
+from kadr.regular_file import read_text
 from kadr.schema import CALIBRATION_NUMBER
 from kadr.version import __version__
 
@@ -61,7 +62,7 @@ def calibration_file(dtype: torch.dtype, device: torch.device) -> Path:
 def load_calibration(dtype: torch.dtype, device: torch.device) -> Calibration | None:
     """Returns the stored calibration of this machine; None if there is none that can be read."""
     try:
-        data = parse_json(calibration_file(dtype, device).read_text("utf-8"))
+        data = parse_json(read_text(calibration_file(dtype, device)))
         if data[_SCHEMA_KEY] != CALIBRATION_NUMBER or data[_MACHINE_KEY] != describe_target(dtype, device):
             return None
         return Calibration.from_json(data)
