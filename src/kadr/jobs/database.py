@@ -66,7 +66,7 @@ class Database:
 
     Args:
         path: of the file; made where it is missing, or damaged and set aside.
-        read_row: reads a row of the table; raises ValueError, TypeError or KeyError for one that is damaged.
+        read_row: reads a row of the table; raises ValueError, TypeError or LookupError for one that is damaged.
 
     Raises:
         StorageError: the file cannot be opened, or a newer kadr wrote it. It is left as it is.
@@ -195,7 +195,7 @@ def _find_damage(path: Path, read_row: Callable[[sqlite3.Row], object]) -> str |
                 for row in connection.execute("SELECT * FROM jobs"):
                     read_row(row)
             return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         return f"a row of it: {error}"
     except sqlite3.DatabaseError as error:
         if not _is_damage(error):

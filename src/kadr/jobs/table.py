@@ -148,7 +148,7 @@ def job_from_row(row: sqlite3.Row) -> Job:
     """Returns the job of a row.
 
     Raises:
-        ValueError, TypeError, KeyError: the row is damaged.
+        ValueError, TypeError, LookupError: the row is damaged.
     """
     if not is_job_id(row["id"]):
         raise ValueError(f"{quote(row['id'])} is not the id of a job")
