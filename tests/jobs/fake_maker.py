@@ -101,9 +101,9 @@ def _slow(arguments: list[str], report: Report, token: CancelToken, is_first: bo
 
 
 def _busy(arguments: list[str], report: Report, token: CancelToken, is_first: bool) -> None:
-    steps = int(float(arguments[0]) / 0.01)
+    steps = int(float(arguments[0]) / 0.01 / len(STAGE_SECONDS))
     for stage in STAGE_SECONDS:
-        for step in range(steps // len(STAGE_SECONDS)):
+        for step in range(steps):
             token.check()
             report_step(report, stage, step, steps)
             time.sleep(0.01)
