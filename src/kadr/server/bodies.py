@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -17,12 +15,11 @@ from starlette.exceptions import HTTPException
 from kadr.json_reader import parse_json
 from kadr.quoting import quote, show
 from kadr.server.errors import ApiError, validation_error
+from kadr.server.forms import double_field, parse_fields
 
 MAX_FIELDS, MAX_FILES = 256, 8
 MAX_FIELD_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20  # data: URLs of images are in it
-MAX_NESTED_KEYS = 4
-_KEY = re.compile(r"\[([^\[\]]*)\]")
 _FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -92,60 +89,17 @@ async def _read_json(request: Request) -> dict[str, Any]:
 
 
 def _parse_form(items: list[tuple[str, UploadFile | str]]) -> ParsedBody:
-    """Returns the fields of a form; a[b] is b of the object a, a[] another entry of the list a, as clients write them.
-
-    The values are text: what reads as JSON, such as a number, an object or true, is that, for fields that can be it.
-    """
-    body = ParsedBody({})
+    """Returns the fields of a form, and its files."""
+    files: dict[str, UploadFile] = {}
+    fields: list[tuple[str, str]] = []
     for name, value in items:
-        if isinstance(value, UploadFile):
-            if name in body.files or name in body.data:
-                raise _double(name)
-            body.files[name] = value
+        if not isinstance(value, UploadFile):
+            fields.append((name, value))
+        elif name in files:
+            raise double_field(name)
         else:
-            _put(body.data, name, value)
+            files[name] = value
+    body = ParsedBody(parse_fields(fields), files)
+    if twice := sorted(set(body.data) & set(files)):
+        raise double_field(twice[0])
     return body
-
-
-def _put(data: dict[str, Any], name: str, text: str) -> None:
-    root, _, rest = name.partition("[")
-    keys = _KEY.findall(f"[{rest}") if rest else []
-    if len(keys) > MAX_NESTED_KEYS or (rest and "".join(f"[{key}]" for key in keys) != f"[{rest}"):
-        raise ApiError(400, f"{quote(name)} is not the name of a field.", code="invalid_body", param=show(name))
-    path = [root, *keys]
-    place: Any = data
-    for key, following in pairwise(path):
-        place = _step_into(place, key, [] if following == "" else {}, name)
-    if isinstance(place, list):
-        place.append(_value(root, text))
-    elif path[-1] in place:
-        raise _double(name)
-    else:
-        place[path[-1]] = _value(root, text)
-
-
-def _step_into(place: Any, key: str, empty: Any, name: str) -> Any:
-    if isinstance(place, list):
-        place.append(empty)
-        return place[-1]
-    inner = place.setdefault(key, empty)
-    if type(inner) is not type(empty):
-        raise _double(name)
-    return inner
-
-
-# Fields that are text whatever stands in them: a prompt may read "42" or "true".
-_TEXT_FIELDS = ("prompt", "negative_prompt", "model", "size", "seconds", "sampler", "input_video", "video", "before")
-
-
-def _value(root: str, text: str) -> Any:
-    if root in _TEXT_FIELDS:
-        return text
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text
-
-
-def _double(name: str) -> ApiError:
-    return ApiError(400, f"{quote(name)} is given twice.", code="invalid_body", param=show(name))

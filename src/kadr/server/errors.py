@@ -32,6 +32,7 @@ _TYPES = {
     503: "server_error",
     507: "server_error",
 }
+_PLACES_AND_TYPES = {"body", "query", "path", "header", "str", "int", "float", "bool"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][^\\/\s:,;'\"()]+)+[\\/](?=[^\\/\s])")  # all but the last part of one
 
@@ -96,13 +97,20 @@ def api_error(error: KadrError) -> ApiError:
 def validation_error(error: ValidationError | RequestValidationError) -> ApiError:
     """Returns the error for a body or parameter of the wrong shape: the first complaint, with its field."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    param = ".".join(path) or None
-    if first["type"] == "extra_forbidden":
+    *parents, last = first["loc"] or ("",)
+    is_unknown = first["type"] == "extra_forbidden"  # its name may be anything
+    path = [part for part in parents if _is_of_field(part)] + [last] * (is_unknown or _is_of_field(last))
+    param = ".".join(map(str, path)) or None
+    if is_unknown:
         return ApiError(
             400, f"{show(param)} is not a parameter of this request.", code="unknown_parameter", param=param
         )
     return ApiError(400, f"{show(param or 'the body')}: {first['msg']}.", code="invalid_value", param=param)
+
+
+def _is_of_field(part: str | int) -> bool:
+    """Tells a field's name or an index from the other parts of a location: a place, or a type of a union."""
+    return part not in _PLACES_AND_TYPES and (isinstance(part, int) or part.replace("_", "").islower())
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -71,7 +71,10 @@ async def edit_video(
     """Makes a video from another one: its motion stays, by `denoise_strength`."""
 
     def settings(body: schema.EditVideo, source: MediaSource, reference: str) -> dict[str, Any]:
-        return {"input_video": reference, **_shape_of(body, source), "frames": body.frames or source.frames}
+        _refuse_fields(body, "an edit, which starts from video", "input_video")
+        has_length = any(length is not None for length in (body.seconds, body.frames, body.num_frames))
+        length = {} if has_length else {"frames": source.frames}
+        return {"input_video": reference, **_shape_of(body, source), **length}
 
     return await _from_video(request, state, client, idempotency_key, schema.EditVideo, settings)
 
@@ -83,6 +86,7 @@ async def extend_video(
     """Makes a video that begins with another one and goes on; its length is that of both."""
 
     def settings(body: schema.ExtendVideo, source: MediaSource, reference: str) -> dict[str, Any]:
+        _refuse_fields(body, "an extension, whose seconds are the length to add", "frames", "num_frames")
         shape = _shape_of(body, source)
         if body.seconds is None:
             raise ApiError(400, "seconds is missing: the length to add.", code="missing_value", param="seconds")
@@ -257,6 +261,13 @@ def _shape_of(body: schema.VideoSettings, source: MediaSource) -> dict[str, Any]
     """Returns size and frame rate: as asked, or those of the video."""
     is_sized = body.size is not None or body.width is not None
     return {"size": body.size if is_sized else f"{source.width}x{source.height}", "fps": body.fps or source.fps}
+
+
+def _refuse_fields(body: schema.VideoSettings, request: str, *names: str) -> None:
+    """Refuses fields that mean nothing in a request."""
+    for name in names:
+        if getattr(body, name) is not None:
+            raise ApiError(400, f"{name} is not for {request}. Leave it out.", code="invalid_value", param=name)
 
 
 def _with_extra(data: Mapping[str, Any]) -> dict[str, Any]:
