@@ -120,6 +120,7 @@ REQUEST = Schema("request", RequestError, upgrades=(_name_samplers,))
 VIDEO_METADATA = Schema("video metadata", MediaError)
 LATENTS = Schema("latents", CheckpointError)
 WINDOW_FOLDER = Schema("window folder", CheckpointError, upgrades=(_put_video_under_own_key,))
+BATCH_ROW = Schema("row of a batch", CheckpointError)
 TRAINING_STATE = Schema("training state", CheckpointError)
 GGUF = Schema("GGUF header", CheckpointError, upgrades=(_remember_no_components,), key="kadr.schema")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from kadr.cli.reservation import Reservation, release_at_end, reserve_file
 from kadr.errors import MediaError, RequestError
-from kadr.regular_file import NotRegularFileError, require_regular
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.windows import WINDOWS_SUFFIX, window_folder_path
 from kadr.shapes import Size
@@ -101,24 +100,6 @@ def _unfinished_video(path: Path) -> Reservation | None:
         names = ", ".join(str(reservation.path) for reservation in reservations)
         raise RequestError(f"another process is writing {names}. Wait until it ends, or leave out --resume.")
     return acquired[0] if acquired else None
-
-
-def refuse_missing_media(request: Request) -> None:
-    """Refuses images and clips that do not exist or are not regular files, before anything is loaded or fetched.
-
-    Raises:
-        MediaError: names them.
-    """
-    for path in request.media_paths():
-        try:
-            require_regular(path)
-        except NotRegularFileError as error:
-            raise MediaError(f"{path} cannot be read: {error}.") from error
-        except OSError:
-            continue  # named below, with all the others
-    absent = list(dict.fromkeys(str(path) for path in request.media_paths() if not path.is_file()))
-    if absent:
-        raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the image or clip.")
 
 
 def _refuse_unwritable(request: Request, output: Path, latents_path: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from pathlib import Path
 
@@ -12,11 +11,11 @@ from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import RequestError
 from kadr.quoting import quote
 from kadr.regular_file import open_regular
+from kadr.request.prompt_lines import COMMENT, iterate_prompt_lines
 from kadr.validation import check_path, expand_home
 
 STDIN = "-"  # as PROMPT: its lines are the prompts
 MAX_PROMPT_BYTES = 1_000_000  # of all prompts; a larger file is something else
-COMMENT = "#"
 _END_KEYS = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
 
 
@@ -81,15 +80,10 @@ def parse_prompt_lines(data: bytes, source: str) -> tuple[str, ...]:
         RequestError: a line is not text, or none is a prompt.
     """
     prompts: list[str] = []
-    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise RequestError(f"line {number} of {source} is not UTF-8. Save the prompts as UTF-8 text.") from error
-        if "\0" in text:
-            raise RequestError(f"line {number} of {source} has a NUL character. Save the prompts as UTF-8 text.")
-        if text and not text.startswith(COMMENT):
-            prompts.append(text)
+    for line in iterate_prompt_lines(data):
+        if line.problem is not None:
+            raise RequestError(f"line {line.number} of {source} {line.problem}. Save the prompts as UTF-8 text.")
+        prompts.append(line.prompt)
     if not prompts:
         raise RequestError(
             f"{source} has no prompts: it is empty, or every line is empty or begins with {COMMENT}. Write one prompt "

@@ -15,9 +15,9 @@ from kadr.cli.flags.request import (
     refuse_second_pass_flags,
     with_duration,
 )
-from kadr.cli.output_path import refuse_missing_media
 from kadr.cli.terminal.errors import print_stdout
 from kadr.cli.terminal.output import print_lines
+from kadr.request.media_files import refuse_missing_media
 
 PLAN_EPILOG = "The flags are those of `kadr generate`. Nothing is loaded or fetched: the model need not be on disk."
 

@@ -11,10 +11,11 @@ import typer
 
 from kadr.cli import run
 from kadr.cli.flags import options
-from kadr.cli.output_path import refuse_missing_media, reserve_output
+from kadr.cli.output_path import reserve_output
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import CheckpointError, MediaError
 from kadr.quoting import quote, show
+from kadr.request.media_files import refuse_missing_media
 from kadr.request.request import Request
 from kadr.schema import upgrade_video_metadata
 from kadr.spec.locate import find_release_on_disk

@@ -51,10 +51,6 @@ AllowOrigin = Annotated[
     list[str] | None,
     flag("--allow-origin", "ORIGIN", "Another site whose pages may use it, such as https://studio.example."),
 ]
-Devices = Annotated[
-    list[str] | None,
-    flag("--device", "auto|cpu|cuda:N|mps", "Device of a worker; may be repeated, for one worker each."),
-]
 Dtype = Annotated[str, flag("--dtype", "auto|bfloat16|float32", "Dtype to compute in; auto suits the device.")]
 Quant = Annotated[str, flag("--quant", "none|auto|int8|...", "Quantize the transformer's weights, as generate does.")]
 Offload = Annotated[str, flag("--offload", "auto|none|stages|blocks", "Where memory is short, as generate does.")]
@@ -81,7 +77,7 @@ def serve(
     admin: NewTokenAdmin = False,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
-    device: Devices = None,
+    device: options.Devices = None,
     dtype: Dtype = "auto",
     quant: Quant = NONE,
     offload: Offload = "auto",

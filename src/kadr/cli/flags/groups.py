@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import wraps
 from inspect import Parameter, Signature, getdoc, signature
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -40,16 +40,18 @@ def with_flag_groups(flags: type[F]) -> Callable[[Callable[[Any, F], None]], Cal
     groups = get_type_hints(flags)
 
     def wrap(verb: Callable[[Any, F], None]) -> Callable[..., None]:
+        argument = _first_parameter(verb)
+
         @wraps(verb)
-        def run(prompt: Any, **values: Any) -> None:
+        def run(**values: Any) -> None:
             filled_groups = {
                 name: group(**{flag.name: values[flag.name] for flag in fields(group)})
                 for name, group in groups.items()
             }
-            verb(prompt, flags(**filled_groups))
+            verb(values[argument.name], flags(**filled_groups))
 
         parameters = [
-            _first_parameter(verb),
+            argument,
             *(parameter for group in groups.values() for parameter in _group_parameters(group)),
         ]
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -75,9 +77,8 @@ def _group_parameters(group: Any) -> list[Parameter]:
         assert isinstance(info, type(typer.Option()))
         info = copy(info)  # several verbs may share a flag
         info.rich_help_panel = title
+        default = Parameter.empty if flag.default is MISSING else flag.default
         parameters.append(
-            Parameter(
-                flag.name, Parameter.POSITIONAL_OR_KEYWORD, default=flag.default, annotation=Annotated[kind, info]
-            )
+            Parameter(flag.name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=Annotated[kind, info])
         )
     return parameters

@@ -45,6 +45,10 @@ ModelsDir = Annotated[
 ]
 Resume = Annotated[bool, flag("--resume", None, "Resume a long video from the finished windows beside it.")]
 Json = Annotated[bool, flag("--json", None, "Print one JSON object instead.")]
+Devices = Annotated[
+    list[str] | None,
+    flag("--device", "auto|cpu|cuda:N|mps", "Device of a worker; may be repeated, for one worker each."),
+]
 
 _Float = float | None
 _Int = int | None
@@ -142,6 +146,8 @@ class OutputFlags:
 class ModelFlags:
     """The model"""
 
+    # Its devices are in the classes below: most verbs use one.
+
     model: Model = None
     release: Release = None
     config: Annotated[
@@ -171,9 +177,6 @@ class ModelFlags:
     merge_loras: Annotated[
         bool, flag("--merge-loras", None, "Merge LoRAs into the weights, instead of applying them at every step.")
     ] = False
-    device: Annotated[str, flag("--device", "auto|cpu|cuda|mps", "Device to compute on; auto picks the fastest.")] = (
-        "auto"
-    )
     dtype: Annotated[str, flag("--dtype", "auto|bfloat16|float32", "Dtype to compute in; auto suits the device.")] = (
         "auto"
     )
@@ -201,6 +204,22 @@ class ModelFlags:
             "Where memory is short: stages unloads each model after its stage, blocks streams transformer blocks.",
         ),
     ] = "auto"
+
+
+@dataclass(frozen=True)
+class OneDeviceModelFlags(ModelFlags):
+    """The model"""
+
+    device: Annotated[str, flag("--device", "auto|cpu|cuda|mps", "Device to compute on; auto picks the fastest.")] = (
+        "auto"
+    )
+
+
+@dataclass(frozen=True)
+class ManyDevicesModelFlags(ModelFlags):
+    """The model"""
+
+    device: Devices = None
 
 
 @dataclass(frozen=True)
@@ -316,7 +335,7 @@ class GenerateFlags:
     enhance: EnhanceFlags
     windows: WindowFlags
     output: OutputFlags
-    model: ModelFlags
+    model: OneDeviceModelFlags
     media: MediaFlags
     denoising: DenoisingFlags
     guidance: GuidanceFlags
@@ -341,7 +360,34 @@ class PlanFlags:
     video: VideoFlags
     windows: WindowFlags
     output: PlanOutputFlags
-    model: ModelFlags
+    model: OneDeviceModelFlags
+    media: MediaFlags
+    denoising: DenoisingFlags
+    guidance: GuidanceFlags
+    second_pass: SecondPassFlags
+    decoding: DecodingFlags
+
+
+@dataclass(frozen=True)
+class BatchOutputFlags:
+    """The batch"""
+
+    out: Annotated[Path, flag("--out", "DIR", "Folder of the videos, made where it is missing.")]
+    retry_failed: Annotated[bool, flag("--retry-failed", None, "Make rows again that failed in an earlier run.")] = (
+        False
+    )
+    dry_run: Annotated[bool, flag("--dry-run", None, "Check every row; make nothing.")] = False
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    """Flags of `kadr batch`: those of `kadr plan` are defaults of all rows, but for the output."""
+
+    batch: BatchOutputFlags
+    video: VideoFlags
+    windows: WindowFlags
+    model: ManyDevicesModelFlags
     media: MediaFlags
     denoising: DenoisingFlags
     guidance: GuidanceFlags

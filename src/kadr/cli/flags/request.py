@@ -23,26 +23,33 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPE_NAMES = ("auto", "bfloat16", "float32")
 
 
-def engine_options(flags: options.ModelFlags) -> dict[str, Any]:
+def engine_options(flags: options.OneDeviceModelFlags) -> dict[str, Any]:
     """Returns device, dtype, weight format, offload and LoRAs, as keywords of `Engine.open`."""
+    return {"device": flags.device, **execution_options(flags), **lora_options(flags)}
+
+
+def execution_options(flags: options.ModelFlags) -> dict[str, Any]:
+    """Returns dtype, weight format and offload, as keywords of `Engine.open`."""
     keywords: dict[str, Any] = {} if flags.quant == NONE else {"quant": flags.quant}
     keywords |= {} if flags.offload == OFFLOAD_AUTO else {"offload": flags.offload}
     keywords |= {"compile_transformer": True} if flags.compile_transformer else {}
-    keywords |= {"merge_loras": True} if flags.merge_loras else {}
-    return {"device": flags.device, "dtype": flags.dtype, **keywords, **lora_options(flags)}
+    return {"dtype": flags.dtype, **keywords}
 
 
 def lora_options(flags: options.ModelFlags) -> dict[str, Any]:
     """Returns the LoRAs, as keywords of `Engine.open`."""
     loras: dict[str, Any] = {"loras": [parse.lora(text) for text in flags.lora]} if flags.lora else {}
-    return loras | ({"lora_partial": True} if flags.lora_partial else {})
+    loras |= {"lora_partial": True} if flags.lora_partial else {}
+    return loras | ({"merge_loras": True} if flags.merge_loras else {})
 
 
-def check_choices(flags: options.GenerateFlags | options.PlanFlags) -> None:
+def check_choices(flags: options.GenerateFlags | options.PlanFlags | options.BatchFlags) -> None:
     """Refuses values that the parser lets through."""
     if flags.video.frames is not None and flags.video.seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
-    check_execution(flags.model.device, flags.model.dtype, flags.model.quant, flags.model.offload)
+    devices = [flags.model.device] if isinstance(flags.model.device, str) else flags.model.device
+    for device in devices or ["auto"]:
+        check_execution(device, flags.model.dtype, flags.model.quant, flags.model.offload)
     parse.check_one_of("--cache", flags.denoising.cache, (NONE, *CACHE_KINDS))
 
 
@@ -76,7 +83,7 @@ def warn_unused_flags(request: Request, flags: options.ModelFlags, engine: Engin
         warn_unused_second_pass(complete_request(request, engine.spec.recipe), unused)
 
 
-def build_request(prompt: str, flags: options.GenerateFlags | options.PlanFlags) -> Request:
+def build_request(prompt: str, flags: options.GenerateFlags | options.PlanFlags | options.BatchFlags) -> Request:
     """Builds the request; its length stays open if it is given in seconds.
 
     Raises:

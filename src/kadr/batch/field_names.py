@@ -1,0 +1,35 @@
+"""Names of the fields of a row: those of a `Request`, and what only a row has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+
+from kadr.errors import RequestError
+from kadr.quoting import quote
+from kadr.request.request import Request
+from kadr.schema import REQUEST
+
+REQUEST_FIELDS = tuple(field.name for field in fields(Request))
+IMAGE, VIDEO, CONTROL, LORA, LORAS = "image", "video", "control", "lora", "loras"
+MODEL, OUTPUT, SECONDS, WIDTH, HEIGHT = "model", "output", "seconds", "width", "height"
+ROW_FIELDS = (MODEL, LORA, LORAS, IMAGE, VIDEO, CONTROL, SECONDS, WIDTH, HEIGHT, OUTPUT)
+FIELDS = (*REQUEST_FIELDS, *ROW_FIELDS, REQUEST.key)
+# In a cell of a .csv, which is JSON otherwise.
+TEXT_FIELDS = ("prompt", "negative_prompt", "original_prompt", "size", "sampler", "input_video", MODEL, OUTPUT)
+STRUCTURE_OR_TEXT_FIELDS = (IMAGE, VIDEO, CONTROL, LORA)
+
+
+def refuse_unknown_fields(names: Iterable[str]) -> None:
+    """Refuses names that are no fields of a row.
+
+    Raises:
+        RequestError: names the first one, and the field with the most similar name.
+    """
+    unknown = next((name for name in names if name not in FIELDS), None)
+    if unknown is None:
+        return
+    nearest = get_close_matches(unknown.strip().lower(), FIELDS, n=1)
+    way_out = f"Did you mean {nearest[0]}?" if nearest else "docs/guides/batch.md lists the fields."
+    raise RequestError(f"there is no field {quote(unknown)}. {way_out}")
