@@ -41,9 +41,14 @@ def ids(database: Database) -> list[str]:
 
 def test_transaction_that_fails_changes_nothing(path: Path) -> None:
     with closing(Database(path)) as database:
-        with pytest.raises(RuntimeError), database.transaction() as connection:
-            connection.execute("DELETE FROM jobs")
-            raise RuntimeError
+
+        def delete_and_fail() -> None:
+            with database.transaction() as connection:
+                connection.execute("DELETE FROM jobs")
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            delete_and_fail()
         assert len(database.rows("SELECT * FROM jobs")) == 2
 
 
@@ -62,9 +67,14 @@ def test_database_is_new_until_it_is_marked_complete(tmp_path: Path) -> None:
 
 def test_mark_of_a_transaction_that_failed_is_not_there(tmp_path: Path) -> None:
     database = Database(tmp_path / "jobs.sqlite")
-    with pytest.raises(RuntimeError), database.transaction() as connection:
-        database.mark_complete(connection)
-        raise RuntimeError
+
+    def mark_and_fail() -> None:
+        with database.transaction() as connection:
+            database.mark_complete(connection)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        mark_and_fail()
     database.close()
     assert Database(tmp_path / "jobs.sqlite").is_new
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kadr.jobs.events import JOB, QUEUE, Event, EventLog
+from kadr.jobs.events import JOB, NOTICE, Event, EventLog
 
 
 def event(seq: int, owner: str | None = "ann") -> Event:
@@ -59,7 +59,7 @@ def test_subscriber_that_raises_is_dropped_and_logged() -> None:
 )
 def test_events_of_others_are_not_visible(owner: str | None, viewer: str | None, is_visible: bool) -> None:
     assert event(1, owner).is_visible_to(viewer) is is_visible
-    assert Event(1, QUEUE, None, None).is_visible_to(viewer)
+    assert Event(1, NOTICE, None, None).is_visible_to(viewer)
 
 
 def test_each_log_has_an_id_of_its_own() -> None:

@@ -108,9 +108,10 @@ def test_folder_of_a_job_that_was_not_recorded_is_removed(store: JobStore, monke
     def fail(database: Database) -> None:
         raise StorageError("the disk is full")
 
-    with monkeypatch.context() as patch, pytest.raises(StorageError):
+    with monkeypatch.context() as patch:
         patch.setattr(Database, "restore_if_deleted", fail)
-        store.submit(new_job())
+        with pytest.raises(StorageError):
+            store.submit(new_job())
     assert folder_names(store) == set()
     assert store.jobs().jobs == []
 
