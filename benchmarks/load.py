@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,6 +42,7 @@ REQUEST = Request("a red circle moving right on a black background", size=Size(1
 BODY = {"prompt": REQUEST.prompt, "size": "128x128", "frames": 25, "steps": 8}
 MAX_QUEUED = 16
 POLL_SECONDS, MAX_WAIT_SECONDS = 0.25, 1.0
+STARTS = 5  # of the server, for the time until it is ready
 MEMORY_FROM = 10  # jobs, after which memory should not grow
 
 _BARE_APP = """
@@ -123,11 +125,12 @@ def submit(to_server: Client, to_bare: Client, tally: Tally) -> str:
 
 
 @contextmanager
-def start(command: list[str], core: int, **options: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Starts a server on a core; yields it and the address that it prints."""
+def start(command: list[str], core: int | None, **options: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Starts a server, on a core or all; yields it and the address that it prints."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     try:
-        pin(process.pid, core)
+        if core is not None:
+            pin(process.pid, core)
         assert process.stdout is not None
         yield process, process.stdout.readline().strip()
     finally:
@@ -176,10 +179,25 @@ def measure_server(folder: Path, num_jobs: int, num_clients: int) -> tuple[Tally
     return tally, seconds, memory[num_jobs] - memory[MEMORY_FROM]
 
 
+def measure_starts(folder: Path, rounds: int) -> tuple[float, float]:
+    """Returns the median seconds from start to ready, and those of importing torch, measured in turns."""
+    ready_seconds, import_seconds = [], []
+    for number in range(rounds):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        import_seconds.append(time.monotonic() - began)
+        command = [sys.executable, "-m", "kadr", "serve", "--data", str(folder / str(number)), "--port", "0"]
+        began = time.monotonic()
+        with start(command, None, stderr=subprocess.DEVNULL) as (_, address):
+            wait_until_ready(address)
+            ready_seconds.append(time.monotonic() - began)
+    return median(ready_seconds), median(import_seconds)
+
+
 def wait_until_ready(address: str) -> None:
     """Waits until the server could make a video."""
     while Client(address).ask("GET", "/health")[0] != 200:
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def warm_up(address: str) -> None:
@@ -238,12 +256,16 @@ def main() -> None:
         if options.loop_only:
             print(measure_loop(folder, options.jobs))
             return
+        ready_seconds, import_seconds = measure_starts(folder / "starts", STARTS)
         tally, seconds, growth = measure_server(folder / "queue", options.jobs, options.clients)
         loop = [sys.executable, "-m", "benchmarks.load", "--loop-only", "--jobs", str(options.jobs)]
         loop_seconds = float(subprocess.run(loop, check=True, stdout=subprocess.PIPE, text=True).stdout)
     submit_ms, bare_ms = (1000 * percentile(values, 0.99) for values in (tally.submit_seconds, tally.bare_seconds))
     print(machine_line(describe_machine(torch.device("cpu"))) + "\n")
     rows = [
+        ("start to ready", f"{ready_seconds:.2f} s", ""),
+        ("import torch", f"{import_seconds:.2f} s", ""),
+        ("ratio of the two", f"{ready_seconds / import_seconds:.1f}", "at most 3"),
         ("videos accepted, each completed once", f"{len(tally.accepted)}", f"{options.jobs}"),
         ("refused with 429 and a retry time", f"{tally.refusals[True]}", ""),
         ("submit, 99th percentile", f"{submit_ms:.1f} ms", ""),

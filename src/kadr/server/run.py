@@ -25,7 +25,6 @@ from kadr.jobs.job import QueueLimits
 from kadr.jobs.live_job import Patience
 from kadr.jobs.queue import JobQueue
 from kadr.jobs.supervisor import MIN_FREE_BYTES
-from kadr.server.app import create_app
 from kadr.server.auth import Tokens
 from kadr.server.catalogue import Catalogue
 from kadr.server.gate import GateRules
@@ -116,6 +115,8 @@ def serve(settings: ServerSettings, log: Callable[[str], object], on_ready: Call
     listener = _listen(settings.host, settings.port)
     try:
         with open_state(settings, log) as (state, rules):
+            from kadr.server.app import create_app  # loads torch, which the worker does at the same time
+
             address = _address(settings.host, listener.getsockname()[1])
             config = uvicorn.Config(
                 create_app(state, rules),
@@ -200,6 +201,7 @@ def _listen(host: str, port: int) -> socket.socket:
         if hasattr(socket, "SO_REUSEADDR") and socket.SO_REUSEADDR and not hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(MAX_CONNECTIONS)  # now: whoever reads the address may connect at once
     except OSError as error:
         listener.close()
         raise RequestError(
