@@ -51,6 +51,7 @@ class FakeMaker:
     log: Path
     start_seconds: float = 0.0
     warm_engines: Sequence[str] = field(default=(), init=False)
+    device_bytes = 1_000_000
 
     def __post_init__(self) -> None:
         time.sleep(self.start_seconds)

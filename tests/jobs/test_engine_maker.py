@@ -39,8 +39,10 @@ def make(maker: EngineMaker, folder: Path, request: Request = REQUEST, **fields:
 def test_video_is_made_with_its_stills_and_reports(tmp_path: Path) -> None:
     maker = EngineMaker()
     assert maker.warm_engines == ()
+    assert maker.device_bytes == 0
     result, reports = make(maker, tmp_path)
     assert maker.warm_engines == (canonical_json(DEMO),)
+    assert maker.device_bytes > 10**7
     assert sorted(path.name for path in (tmp_path / "output.1").iterdir()) == [
         "spritesheet.jpg",
         "thumbnail.jpg",

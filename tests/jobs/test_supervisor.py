@@ -435,3 +435,8 @@ def test_bug_in_the_supervisor_does_not_end_the_queue(running: RunningQueue, mon
         patch.setattr(supervisor_module.Supervisor, "storage_problem", fail)
         wait_until(lambda: running.logged("unexpected ZeroDivisionError: a bug. Please report it."))
     assert running.finish(running.submit("make")).status == COMPLETED
+
+
+def test_memory_of_an_idle_worker_is_known_to_whoever_plans(start_queue) -> None:
+    queue = start_queue()
+    wait_until(lambda: queue.supervisor.device_bytes == FakeMaker.device_bytes)

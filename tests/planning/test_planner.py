@@ -179,6 +179,12 @@ def test_no_fit_is_refused_before_loading_with_a_suggestion(
     assert width * height * frames < 1024 * 1024 * 121
 
 
+def test_memory_that_another_process_will_free_counts_as_free(open_engine: Callable[..., Engine]) -> None:
+    engine = open_engine()
+    plain, more = engine.plan(REQUEST), engine.plan(REQUEST, reclaimable_bytes=10**12)
+    assert 0.9e12 < more.free_bytes - plain.free_bytes < 1e12
+
+
 def test_no_suggestion_if_nothing_smaller_fits(
     open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

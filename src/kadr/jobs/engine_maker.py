@@ -80,6 +80,13 @@ class EngineMaker:
         """Canonical JSON of the engine that is open."""
         return (self._engine_key,) if self._engine is not None else ()
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the device that this process takes, and that its next job can have."""
+        from kadr.memory.device import private_bytes  # loads torch, as the engine has
+
+        return 0 if (engine := self._engine) is None else private_bytes(engine.spec.device)
+
     def make(self, task: Task, report: Report, token: CancelToken) -> dict[str, Any]:
         """Makes the video of a job and returns its result.
 

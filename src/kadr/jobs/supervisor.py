@@ -89,6 +89,11 @@ class Supervisor:
         """Number of workers that make a job or could."""
         return sum(slot.is_ready for slot in self.slots)
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of its device that the largest worker takes, and that the next job can have."""
+        return max((slot.device_bytes for slot in self.slots), default=0)
+
     def storage_problem(self) -> str | None:
         """Says why no job begins; None where nothing is wrong with the disk."""
         try:
@@ -129,7 +134,7 @@ class _Slot:
         self.worker: WorkerProcess | None = None
         self.warm_engines: Sequence[str] = ()
         self.live: LiveJob | None = None
-        self.is_ready = False
+        self.is_ready, self.device_bytes = False, 0
         self._heard_at = 0.0  # when the worker last gave a sign of life
 
     def cancel(self, claim: Claim | None) -> None:
@@ -202,6 +207,7 @@ class _Slot:
     def _kill_worker(self) -> None:
         with self.supervisor.lock:
             worker, self.worker, self.warm_engines, self.is_ready = self.worker, None, (), False
+            self.device_bytes = 0
         if worker is not None and not worker.kill():
             self.supervisor.log(f"{self.name}: process {worker.pid} does not end; the system holds it")
 
@@ -211,8 +217,9 @@ class _Slot:
             return False
         patience, problem = self.supervisor.patience.beat, None
         try:
-            while self.worker.receive(0) is not None:
+            while (report := self.worker.receive(0)) is not None:
                 self._heard_at = self.supervisor.clock()
+                self._take_beat(*report)
         except EOFError:
             problem = self.worker.describe_end()
         if self.supervisor.clock() - self._heard_at > patience:
@@ -307,9 +314,14 @@ class _Slot:
                     return  # what is on disk is settled when the queue is opened again
                 time.sleep(IDLE_SECONDS)
 
+    def _take_beat(self, kind: str, data: Any) -> None:
+        if kind == "beat":
+            self.device_bytes = data
+
     def _take(self, live: LiveJob, kind: str, data: Any) -> None:
         """Takes a report on the way."""
         if kind == "beat":
+            self._take_beat(kind, data)
             return
         live.progressed_at = self.supervisor.clock()
         if kind == "start":

@@ -62,6 +62,11 @@ class Maker(Protocol):
         """Canonical JSON of the engines that are in memory."""
         ...
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the device that this process takes, and that its next job can have."""
+        ...
+
     def make(self, task: Task, report: Report, token: CancelToken) -> dict[str, Any]:
         """Makes the video of a job and returns its result."""
         ...
@@ -187,13 +192,14 @@ class _Worker:
     def __init__(self, connection: Connection) -> None:
         self._connection, self._send_lock = connection, Lock()
         self._current = _Current(-1, CancelToken())
+        self._maker: Maker | None = None
         self._tasks: SimpleQueue[Task] = SimpleQueue()
 
     def run(self, create_maker: MakerFactory) -> None:
         """Makes job after job."""
         for target in (self._listen, self._beat):  # before the maker, which may take long
             Thread(target=target, daemon=True, name=f"kadr worker {target.__name__}").start()
-        maker = create_maker()
+        maker = self._maker = create_maker()
         self._send("ready", list(maker.warm_engines))
         while True:
             self._make(maker, self._tasks.get())
@@ -223,7 +229,7 @@ class _Worker:
 
     def _beat(self) -> None:
         while True:
-            self._send("beat", None)
+            self._send("beat", 0 if self._maker is None else self._maker.device_bytes)
             time.sleep(BEAT_SECONDS)
 
     def _send(self, kind: str, data: Any) -> None:

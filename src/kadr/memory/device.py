@@ -158,6 +158,14 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def private_bytes(device: torch.device) -> int:
+    """Returns the bytes of a device that are free once this process is; pages of files count as free already."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))  # only Linux tells what is shared
+
+
 def trim_heap() -> None:
     """Returns freed heap memory to the system, which glibc would keep otherwise."""
     trim = getattr(_libc(), "malloc_trim", None)

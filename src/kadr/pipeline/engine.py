@@ -112,10 +112,14 @@ class Engine(StageAccess):
         )
         return cls(open_spec(options), prompt_cache=prompt_cache)
 
-    def plan(self, request: Request | ResolvedRequest) -> Plan:
+    def plan(self, request: Request | ResolvedRequest, *, reclaimable_bytes: int = 0) -> Plan:
         """Returns the plan of a generation: placement, peak bytes and seconds of each stage, with reasons.
 
         The plan is arithmetic on headers: nothing is loaded, fetched or changed. The model need not be on disk.
+
+        Args:
+            reclaimable_bytes: memory of the device that is taken now and will be free: another process's, which makes
+                the video.
 
         Raises:
             RequestError: the request does not fit this model.
@@ -126,7 +130,14 @@ class Engine(StageAccess):
         self._warn_unused_controls(resolved)
         encoder = self._model.prompt_encoder(resolved.all_prompts)
         cache = self._model.module_cache
-        return plan_request(self.spec, resolved, encoder, cached=cache.private_bytes, loaded=cache.cached_names)
+        return plan_request(
+            self.spec,
+            resolved,
+            encoder,
+            cached=cache.private_bytes,
+            loaded=cache.cached_names,
+            reclaimable=reclaimable_bytes,
+        )
 
     def dry_run(self, request: Request | ResolvedRequest) -> DryRun:
         """Returns what a generation of the request would do. The model need not be on disk.

@@ -26,6 +26,7 @@ def plan_request(
     stages: Collection[str] = (),
     cached: int = 0,
     loaded: frozenset[str] = frozenset(),
+    reclaimable: int = 0,
     warns_if_long: bool = False,
 ) -> Plan:
     """Returns the plan of a request.
@@ -33,7 +34,8 @@ def plan_request(
     Args:
         stages: the stages that will run; () for all.
         warns_if_long: warn if it will take over an hour, and say what takes less.
-        cached, loaded: bytes and names of cached modules; see `planning.planner.Planner`.
+        cached, loaded, reclaimable: bytes and names of cached modules, and bytes of another process; see
+            `planning.planner.Planner`.
 
     Raises:
         PlanError: it does not fit in memory; carries the shortfall in bytes and suggests what fits.
@@ -48,9 +50,9 @@ def plan_request(
     )
     calibration = current_calibration(spec.dtype, spec.device)
     try:
-        plan = Planner(spec, workload, calibration, cached=cached, loaded=loaded).plan()
+        plan = Planner(spec, workload, calibration, cached=cached, loaded=loaded, reclaimable=reclaimable).plan()
     except PlanError as error:
-        suggestion = suggest_smaller(spec, workload, resolved, calibration, cached=cached)
+        suggestion = suggest_smaller(spec, workload, resolved, calibration, cached=cached, reclaimable=reclaimable)
         raise PlanError(f"{error} {suggestion}", shortfall=error.shortfall) from error
     if warns_if_long:
         warn_if_long(spec, workload, resolved, calibration, plan)

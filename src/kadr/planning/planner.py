@@ -39,6 +39,7 @@ class Planner:
         calibration: how fast the machine is.
         cached: private bytes of cached modules, free to the stage that reuses one.
         loaded: names of the components whose modules are cached.
+        reclaimable: bytes of the device that another process frees before this request runs, such as a worker's.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class Planner:
         *,
         cached: int = 0,
         loaded: frozenset[str] = frozenset(),
+        reclaimable: int = 0,
     ) -> None:
         self.spec, self.workload, self.calibration = spec, workload, calibration
-        self.cached, self.loaded = cached, loaded
+        self.cached, self.loaded, self.reclaimable = cached, loaded, reclaimable
 
     def plan(self) -> Plan:
         """Returns the plan.
@@ -60,7 +62,7 @@ class Planner:
             PlanError: a stage does not fit into free memory.
         """
         on_cpu = self.spec.device.type == "cpu"
-        free = free_bytes(self.spec.device) + self.cached
+        free = free_bytes(self.spec.device) + self.cached + self.reclaimable
         host = free if on_cpu else free_bytes(torch.device("cpu"))
         base = resident_bytes() - self.cached + STARTUP_BYTES if on_cpu else 0
         plan = make_plan(

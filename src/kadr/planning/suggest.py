@@ -25,16 +25,22 @@ Fits = Callable[[ModelSpec, Workload], bool]
 
 
 def suggest_smaller(
-    spec: ModelSpec, workload: Workload, request: ResolvedRequest, calibration: Calibration, *, cached: int = 0
+    spec: ModelSpec,
+    workload: Workload,
+    request: ResolvedRequest,
+    calibration: Calibration,
+    *,
+    cached: int = 0,
+    reclaimable: int = 0,
 ) -> str:
     """Returns a sentence with the settings that would fit, and with the nearest smaller request that would.
 
     Args:
-        calibration, cached: see `Planner`.
+        calibration, cached, reclaimable: see `Planner`.
     """
 
     def fits(spec: ModelSpec, workload: Workload) -> bool:
-        return _fits(Planner(spec, workload, calibration, cached=cached))
+        return _fits(Planner(spec, workload, calibration, cached=cached, reclaimable=reclaimable))
 
     suggestions = [flags for flags, lighter_spec in _lighter_settings(spec) if fits(lighter_spec, workload)]
     smaller = _shorter_window(spec, workload, request, fits) or _smaller_request(spec, workload, request, fits)

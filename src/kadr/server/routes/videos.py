@@ -207,7 +207,9 @@ def _plan(state: ServerState, draft: Draft, resolved: ResolvedRequest) -> dict[s
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KadrWarning)
         try:
-            plan = state.catalogue.engine(draft.engine).plan(resolved)
+            plan = state.catalogue.engine(draft.engine).plan(
+                resolved, reclaimable_bytes=state.queue.supervisor.device_bytes
+            )
         except PlanError as error:
             return {**facts, "fits": False, "message": hide_paths(str(error))}
     return {
