@@ -1,4 +1,4 @@
-"""The SQLite database of a queue: one table, with its schema number; opened, or set aside where it is damaged."""
+"""The SQLite database of a queue: a table of jobs, with its schema number; opened, or set aside where it is damaged."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, number);
 CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs (owner, number);
 CREATE INDEX IF NOT EXISTS jobs_deleted ON jobs (id) WHERE is_deleted = 1;
 CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE TABLE IF NOT EXISTS counters (seq INTEGER NOT NULL, fence INTEGER NOT NULL);
+INSERT INTO counters SELECT 0, 0 WHERE NOT EXISTS (SELECT 1 FROM counters);
 """
 
 

@@ -52,7 +52,7 @@ class JobTable:
         self._lock_file = _lock_folder(folder)
         try:
             self.database = Database(folder / DATABASE_FILE, job_from_row)
-            query = "SELECT COALESCE(MAX(seq), 0), COALESCE(MAX(fence), 0) FROM jobs"
+            query = "SELECT COALESCE(MAX(seq), 0), COALESCE(MAX(fence), 0) FROM counters"
             ((last_seq, self._fence),) = self.database.rows(query)
         except BaseException:
             self._lock_file.release()
@@ -84,6 +84,8 @@ class JobTable:
             with self.database.transaction() as connection:
                 change = Change(connection, self)
                 yield change
+                if change.announced:  # jobs may be deleted, and then numbers must rise all the same
+                    change.rows("UPDATE counters SET seq = ?, fence = ?", (self._seq, self._fence))
             for announced in change.announced:
                 self._announce(announced)
             self.changed.notify_all()
