@@ -103,7 +103,7 @@ def _parse_object(line: bytes) -> tuple[Mapping[str, Any], str]:
     if problem := _find_excess(len(line)):
         return {}, problem
     try:
-        fields = parse_json(line.decode("utf-8"), allows_duplicates=False)
+        fields = parse_json(line.decode("utf-8"), is_strict=True)
     except UnicodeDecodeError:
         return {}, "the line is not UTF-8"
     except ValueError as error:
@@ -191,7 +191,7 @@ def _parse_cell(name: str, text: str) -> Any:
     if text.lower() in _BOOLEANS:
         return _BOOLEANS[text.lower()]
     try:
-        return parse_json(text, allows_duplicates=False)
+        return parse_json(text, is_strict=True)
     except ValueError as error:
         if is_structure:
             raise ValueError(f"{name} is {quote(text)}, which is not JSON: {error}") from error

@@ -21,6 +21,7 @@ import numpy as np
 from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
 from kadr.json_reader import parse_json
+from kadr.media.known_headers import find_known_header
 from kadr.media.writer import COMMENT_KEY, swscale_flags
 from kadr.regular_file import require_regular
 
@@ -222,6 +223,10 @@ def probe_video(path: str | os.PathLike[str]) -> ClipHeader:
     Raises:
         MediaError: the file is missing, not a video, or has no frame rate.
     """
+    if (known := find_known_header(path)) is not None:
+        if known.frames is None or known.fps is None:
+            raise MediaError(f"{path} is an image, not a video.")
+        return ClipHeader(known.frames, known.fps, known.width, known.height, known.is_cut_off)
     with _open_video(path) as container:
         stream = container.streams.video[0]
         frames, is_cut_off = 0, False
@@ -240,6 +245,8 @@ def probe_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         MediaError: the file is missing, not a video, or has no frame that can be read.
     """
+    if (known := find_known_header(path)) is not None:
+        return known.upright_width, known.upright_height
     with _open_video(path) as container:
         frame = next(_decode_frames(container), None)
         if frame is None:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kadr.errors import MediaError
+from kadr.media.known_headers import find_known_header
 from kadr.regular_file import open_regular
 from kadr.shapes import Size
 
@@ -34,6 +35,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 _16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _16_BIT_FORMATS = ("PNG", "PPM")  # whose pixels Pillow also opens in mode "I", with 32 bits
 _ORIENTATION_TAG, _FIRST_SIDEWAYS = 0x0112, 5  # of EXIF: orientations from 5 on exchange width and height
+_MAX_EXIF_BYTES = 1 << 16  # as a JPEG has at most
 # Raised by Pillow's readers on damaged files; most are meant for their own dispatch and leak through.
 _READ_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error),
@@ -69,11 +71,13 @@ def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         MediaError: the image is missing, empty, too large, or of an unsupported format.
     """
+    if (known := find_known_header(path)) is not None:
+        return known.upright_width, known.upright_height
     name = display_name(path)
     with _translate_errors(name), _open_file(path, name) as file:
         _refuse_unsupported(file, name)
         width, height = file.size
-        return (height, width) if _orientation(file) >= _FIRST_SIDEWAYS else (width, height)
+        return (height, width) if _stored_orientation(file, path) >= _FIRST_SIDEWAYS else (width, height)
 
 
 def reduction_factor(width: int, height: int) -> int:
@@ -203,8 +207,33 @@ def _upright_rgb(image: Image.Image, name: str, notify: Notify | None) -> Image.
 
 def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 to 8; 1 is upright."""
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    return _checked_orientation(image.getexif())
+
+
+def _checked_orientation(exif: Image.Exif) -> int:
+    orientation = exif.get(_ORIENTATION_TAG, 1)
     return orientation if orientation in range(1, 9) else 1
+
+
+def _stored_orientation(image: Image.Image, path: str | os.PathLike[str]) -> int:
+    """Returns the EXIF orientation of a file without decoding it, as Pillow does to look behind the pixels of a PNG."""
+    if image.format != "PNG":
+        return _orientation(image)
+    if "exif" not in image.info and (exif := _find_png_exif(path)) is not None:
+        image.info["exif"] = b"Exif\0\0" + exif
+    return _checked_orientation(Image.Image.getexif(image))
+
+
+def _find_png_exif(path: str | os.PathLike[str]) -> bytes | None:
+    """Returns the EXIF data of a PNG, which may also lie behind its pixels."""
+    with open_regular(path) as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf" and length <= _MAX_EXIF_BYTES:
+                return file.read(length)
+            file.seek(length + 4, os.SEEK_CUR)
+    return None
 
 
 def _with_8_bit_channels(image: Image.Image) -> Image.Image:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,8 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from kadr.errors import CheckpointError, KadrError, MediaError, PlanError, RequestError
+from kadr.errors import Cancelled, CheckpointError, KadrError, MediaError, PlanError, RequestError
 from kadr.jobs.job import JobConflictError, QueueFullError, StorageError, UnknownJobError
 from kadr.quoting import one_line, show
 
@@ -26,6 +26,7 @@ _TYPES = {
     409: "conflict_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    414: "invalid_request_error",
     416: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
@@ -34,7 +35,7 @@ _TYPES = {
 }
 _PLACES_AND_TYPES = {"body", "query", "path", "header", "str", "int", "float", "bool"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][^\\/\s:,;'\"()]+)+[\\/](?=[^\\/\s])")  # all but the last part of one
+_CLIENT_GONE = 499  # nobody reads it; the metrics tell it from the server's own errors
 
 
 class ApiError(Exception):
@@ -67,13 +68,8 @@ class ApiError(Exception):
         return JSONResponse({"error": error}, self.status, headers=self.headers)
 
 
-def hide_paths(message: str) -> str:
-    """Returns a message with the names alone of the files in it: where they lie is the operator's business."""
-    return _PATH.sub("", message)
-
-
-def api_error(error: KadrError) -> ApiError:
-    """Returns the error of the API for one of kadr."""
+def api_error(error: KadrError, hide_paths: Callable[[str], str]) -> ApiError:
+    """Returns the error of the API for one of kadr. hide_paths: see `PathHider`."""
     message = hide_paths(str(error))
     if isinstance(error, UnknownJobError):
         return ApiError(404, str(error), code="video_not_found")
@@ -124,7 +120,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def _kadr(request: Request, error: KadrError) -> JSONResponse:
         if isinstance(error, StorageError | CheckpointError):
             request.app.state.log(str(error))
-        return api_error(error).response()
+        return api_error(error, request.app.state.server.hide_paths).response()
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -133,8 +129,16 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail) if error.status_code != 404 else "there is nothing at this address."
-        code = _CODES.get(error.status_code)
+        code = _CODES.get(error.status_code, "invalid_request")
         return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+    @app.exception_handler(Cancelled)
+    async def _cancelled(request: Request, error: Cancelled) -> JSONResponse:
+        return ApiError(503, "the server stops. Try again later.", code="stopping").response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def _gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return ApiError(_CLIENT_GONE, "the client hung up before its request was complete.", code="gone").response()
 
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> JSONResponse:

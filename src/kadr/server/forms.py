@@ -1,114 +1,192 @@
-"""Reads the fields of forms as objects: a[b] is b of the object a, a[] an entry of the list a, as clients write it.
-
-A list of objects is written as a[][b] and a[][c]. Some clients send all b before all c, others one object after the
-other: either way the n-th b and the n-th c are of the n-th object, if there are as many of each.
-"""
+"""`FormReader`: reads a form while it arrives: fields into memory, files to where they are checked and counted."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+from urllib.parse import parse_qsl
 
-from kadr.json_reader import parse_json
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
 from kadr.quoting import quote, show
 from kadr.server.errors import ApiError
 
-MAX_NESTED_KEYS = 4
-_KEY = re.compile(r"\[([^\[\]]*)\]")
-_ENTRY = ""  # the key of an entry of a list
-# Fields that are text whatever stands in them: a prompt may read "42" or "true".
-_TEXT_FIELDS = {
-    *("prompt", "negative_prompt", "prompts", "model", "size", "seconds", "sampler", "input_video", "before"),
-    *("media", "name", "id", "file_id", "image_url"),
-}
-_TEXT_OR_OBJECT_FIELDS = {"video", "input_reference", "lora", "loras", "cache"}  # a LoRA may be called 42
-
-Path = tuple[str, ...]
+MAX_FIELDS, MAX_FILES = 256, 8
+MAX_FIELDS_BYTES = 16 << 20  # of all fields: a data: URL may be one
+MAX_URLENCODED_BYTES = 1 << 20  # which has no files
+MAX_NAME_CHARACTERS = 200
+_MAX_PART_HEADER_BYTES = 4096
+_MAX_BOUNDARY_BYTES = 200
 
 
-def parse_fields(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Returns the fields of a form as an object.
+class FileSink(Protocol):
+    """Takes the bytes of a file of a form."""
 
-    Values are text. One that reads as JSON, such as a number, an object or true, is that, for fields that can be it.
+    async def write(self, chunk: bytes) -> None:
+        """Takes the next bytes."""
+        ...
+
+
+@dataclass
+class Form:
+    """The parts of a form, in their order. files: those that have a name or a byte."""
+
+    fields: list[tuple[str, str]] = field(default_factory=list)
+    files: list[tuple[str, FileSink]] = field(default_factory=list)
+
+
+@dataclass
+class _Part:
+    name: str = ""
+    is_file: bool = False
+    file_name: bytes = b""
+    sink: FileSink | None = None
+    content: bytearray = field(default_factory=bytearray)
+
+
+class FormReader:
+    """Reads one multipart form.
+
+    Args:
+        content_type: the header, with the boundary.
+        open_file: makes where a file goes, once it has a byte.
+        count_bytes: called with the bytes that the fields take in memory, as they come.
 
     Raises:
-        ApiError: a name is not that of a field, a field is there twice, or objects cannot be told apart.
+        ApiError: the header has no boundary.
     """
-    values: dict[Path, list[Any]] = {}
-    for name, text in fields:
-        path = _path(name)
-        values.setdefault(path, []).append(_value(path, text))
-    data: dict[str, Any] = {}
-    lists: dict[Path, list[dict[str, Any]]] = {}
-    for path, entries in values.items():
-        if _ENTRY not in path:
-            if len(entries) > 1:
-                raise double_field(_name(path))
-            _put(data, path, entries[0], path)
-        elif path.index(_ENTRY) == len(path) - 1:
-            _put(data, path[:-1], entries, path)
-        else:
-            _put_in_objects(data, lists, path, entries)
-    return data
+
+    def __init__(
+        self, content_type: str, open_file: Callable[[], FileSink], count_bytes: Callable[[int], object]
+    ) -> None:
+        _, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary", b"")
+        if not 0 < len(boundary) <= _MAX_BOUNDARY_BYTES:
+            raise _damaged("its Content-Type has no boundary")
+        self._open_file, self._count_bytes = open_file, count_bytes
+        self._form, self._num_files, self._fields_bytes, self._is_over = Form(), 0, 0, False
+        self._part, self._headers, self._name, self._value, self._header_bytes = _Part(), {}, b"", b"", 0
+        self._writes: list[tuple[_Part, bytes]] = []
+        callbacks = {
+            "on_part_begin": self._begin_part,
+            "on_header_field": self._add_header_name,
+            "on_header_value": self._add_header_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_part_data": self._add_data,
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
+        self._parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
+
+    _headers: dict[bytes, bytes]
+
+    async def read(self, chunks: AsyncIterator[bytes]) -> Form:
+        """Returns the form, once it is complete. What a client sends behind its end is not read.
+
+        Raises:
+            ApiError: it is damaged, ends too early, or has too many parts or bytes; or a file is refused.
+        """
+        async for chunk in chunks:
+            try:
+                self._parser.write(chunk)
+            except FormParserError as error:
+                raise _damaged(f"it is not multipart/form-data: {show(error)}") from error
+            writes, self._writes = self._writes, []
+            for part, data in writes:
+                if part.sink is None:
+                    part.sink = self._open_file()
+                    self._form.files.append((part.name, part.sink))
+                await part.sink.write(data)
+            if self._is_over:
+                return self._form
+        raise _damaged("it ends before its last boundary")
+
+    def _begin_part(self) -> None:
+        self._part, self._headers, self._header_bytes = _Part(), {}, 0
+
+    def _add_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+        self._count_header(end - start)
+
+    def _add_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+        self._count_header(end - start)
+
+    def _count_header(self, num_bytes: int) -> None:
+        self._header_bytes += num_bytes
+        if self._header_bytes > _MAX_PART_HEADER_BYTES:
+            raise _damaged(f"a part has more than {_MAX_PART_HEADER_BYTES:,} bytes of headers")
+
+    def _end_header(self) -> None:
+        self._headers[self._name.lower()] = self._value
+        self._name = self._value = b""
+
+    def _end_headers(self) -> None:
+        disposition, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        if disposition != b"form-data" or b"name" not in options:
+            raise _damaged("a part has no name")
+        self._part.name = _decode(options[b"name"])
+        if len(self._part.name) > MAX_NAME_CHARACTERS:
+            raise _damaged(f"the name {quote(self._part.name)} has more than {MAX_NAME_CHARACTERS} characters")
+        self._part.is_file = b"filename" in options
+        self._part.file_name = options.get(b"filename", b"")
+        self._num_files += self._part.is_file
+        if self._num_files > MAX_FILES:
+            raise _damaged(f"it has more than {MAX_FILES} files")
+
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        if self._part.is_file:
+            self._writes.append((self._part, data[start:end]))
+            return
+        self._fields_bytes += end - start
+        if self._fields_bytes > MAX_FIELDS_BYTES:
+            message = f"the fields of the form have more than {MAX_FIELDS_BYTES:,} bytes: send media as files."
+            raise ApiError(413, message, code="too_large", headers={"connection": "close"})
+        self._count_bytes(end - start)
+        self._part.content += data[start:end]
+
+    def _end_part(self) -> None:
+        if self._part.is_file:
+            if self._part.file_name:  # without a name and a byte, it is a file that nobody chose
+                self._writes.append((self._part, b""))
+            return
+        if len(self._form.fields) == MAX_FIELDS:
+            raise _damaged(f"it has more than {MAX_FIELDS} fields")
+        self._form.fields.append((self._part.name, _decode(self._part.content)))
+
+    def _end(self) -> None:
+        self._is_over = True
 
 
-def double_field(name: str) -> ApiError:
-    """Returns the error for a field that is there twice."""
-    return ApiError(400, f"{quote(name)} is given twice.", code="invalid_body", param=show(name))
+async def read_urlencoded(chunks: AsyncIterator[bytes]) -> list[tuple[str, str]]:
+    """Returns the fields of a form without files, such as a=1&b=2.
 
-
-def _put_in_objects(
-    data: dict[str, Any], lists: dict[Path, list[dict[str, Any]]], path: Path, entries: list[Any]
-) -> None:
-    """Puts the n-th value into the n-th object of a list."""
-    before, after = path[: path.index(_ENTRY)], path[path.index(_ENTRY) + 1 :]
-    if before not in lists:
-        lists[before] = [{} for _ in entries]
-        _put(data, before, lists[before], path)
-    if _ENTRY in after or len(lists[before]) != len(entries):
-        name = _name(before)
-        raise ApiError(
-            400,
-            f"the objects of {quote(name)} cannot be told apart in a form. Send the list as one field, {show(name)}, "
-            "whose text is JSON.",
-            code="invalid_body",
-            param=show(name),
-        )
-    for target, entry in zip(lists[before], entries, strict=True):
-        _put(target, after, entry, path)
-
-
-def _put(data: dict[str, Any], path: Path, value: Any, full_path: Path) -> None:
-    for key in path[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise double_field(_name(full_path))
-    if path[-1] in data:
-        raise double_field(_name(full_path))
-    data[path[-1]] = value
-
-
-def _path(name: str) -> Path:
-    """Returns the root of a name and the keys in its brackets."""
-    root, bracket, rest = name.partition("[")
-    keys = _KEY.findall(bracket + rest)
-    if not root or len(keys) > MAX_NESTED_KEYS or _name((root, *keys)) != name:
-        raise ApiError(400, f"{quote(name)} is not the name of a field.", code="invalid_body", param=show(name))
-    return (root, *keys)
-
-
-def _name(path: Path) -> str:
-    root, *keys = path
-    return root + "".join(f"[{key}]" for key in keys)
-
-
-def _value(path: Path, text: str) -> Any:
-    if not _TEXT_FIELDS.isdisjoint(path):
-        return text
+    Raises:
+        ApiError: it is damaged or too large.
+    """
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > MAX_URLENCODED_BYTES:
+            message = f"the form has more than {MAX_URLENCODED_BYTES:,} bytes: send multipart/form-data."
+            raise ApiError(413, message, code="too_large", headers={"connection": "close"})
     try:
-        value = parse_json(text)
-    except ValueError:
-        return text
-    is_text = not _TEXT_OR_OBJECT_FIELDS.isdisjoint(path) and not isinstance(value, dict | list)
-    return text if is_text else value
+        text = body.decode("ascii")
+        return parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text), errors="strict",
+                         max_num_fields=MAX_FIELDS)  # fmt: skip
+    except ValueError as error:
+        raise _damaged(f"it is not a=1&b=2: {show(error)}") from error
+
+
+def _decode(text: bytes | bytearray) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise _damaged("a field is not text in UTF-8") from error
+
+
+def _damaged(reason: str) -> ApiError:
+    return ApiError(400, f"the form cannot be read: {reason}.", code="invalid_body", headers={"connection": "close"})

@@ -1,20 +1,20 @@
 """`Gate`: what every HTTP request passes before anything is done for it.
 
-In this order: the host's name (a page may have rebound its own name to this machine), the page that sent it (another
-site must not change anything here), the token, and the size and pace of the body.
+In this order: the size of its head, the host's name (a page may have rebound its own name to this machine), the page
+that sent it (another site must not change anything here), the token, and the size and pace of the body.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kadr.quoting import quote
@@ -25,8 +25,11 @@ from kadr.server.signed_urls import UrlSigner
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 OPEN_PATHS = ("/health/alive",)  # a container's health check has no token
 MAX_URL_BYTES = 8192
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 << 10  # of all of them
+MAX_LENGTH_DIGITS = 20
 BODY_SECONDS = 30.0  # without a byte of the body
 MIN_BYTES_PER_SECOND = 4096  # of a body, once those seconds are over
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::(?P<port>[0-9]{1,5}))?")
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,10 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
+        send = _with_safe_headers(send)
         try:
             headers = Headers(scope=scope)
-            self._check_address(scope)
+            self._check_head(scope)
             self._check_host(headers)
             self._check_origin(scope["method"], headers)
             scope.setdefault("state", {})["client"] = self._find_client(scope, headers)
@@ -75,16 +79,22 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await self._app(scope, _Body(receive, self._rules).receive, send)
+        await self._app(scope, _IncomingBody(receive, self._rules).receive, send)
 
-    def _check_address(self, scope: Scope) -> None:
-        if len(scope["raw_path"] or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
+    def _check_head(self, scope: Scope) -> None:
+        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
             raise ApiError(414, f"the address has more than {MAX_URL_BYTES} bytes.", code="address_too_long")
+        num_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+        if len(scope["headers"]) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
+            raise ApiError(
+                431,
+                f"the request has more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES:,} bytes of them.",
+                code="headers_too_large",
+            )
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
-        name = _host_name(hosts[0]) if len(hosts) == 1 else None
-        if name is None or not (_is_ip_address(name) or name in self._rules.own_names or name in self._rules.hosts):
+        if len(hosts) != 1 or not self._is_own_host(hosts[0]):
             raise ApiError(
                 403,
                 f"this server does not go by the name {quote(', '.join(hosts))}. Use its IP address, or have its "
@@ -92,15 +102,26 @@ class Gate:
                 code="unknown_host",
             )
 
+    def _is_own_host(self, host: str) -> bool:
+        """Tells whether a Host header names this server: by an IP address, which no page can rebind, or by a name."""
+        match = _HOST.fullmatch(host)
+        if match is None or int(match["port"] or 0) > 65535:
+            return False
+        if match["address"] is not None:
+            return _is_ip_address(match["address"], 6)
+        name = match["name"].lower()
+        return _is_ip_address(name, 4) or name in self._rules.own_names or name in self._rules.hosts
+
     def _check_origin(self, method: str, headers: Headers) -> None:
         """Refuses a change that another site's page asks for. Programs send neither header."""
         if method in SAFE_METHODS:
             return
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        if origin is not None and origin in self._rules.origins:
+        origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
+        if len(origins) == 1 and origins[0] in self._rules.origins:
             return
-        is_own = origin is None or (origin != "null" and urlsplit(origin).netloc == headers["host"])
-        if not is_own or site not in (None, "same-origin", "none"):
+        own = [f"{scheme}://{headers['host'].lower()}" for scheme in ("http", "https")]
+        is_own = not origins or (len(origins) == 1 and origins[0].lower() in own)
+        if not is_own or not set(sites) <= {"same-origin", "none"}:
             raise ApiError(
                 403,
                 "another site's page may not use this server. Its operator can let it: --allow-origin ORIGIN.",
@@ -116,34 +137,40 @@ class Gate:
         if scheme.lower() == "bearer" and (client := rules.tokens.find(token.strip())) is not None:
             return client
         if scope["method"] in ("GET", "HEAD") and not authorization:
-            query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
-            if rules.signer.is_valid(path, query):
+            if rules.signer.is_valid(path, scope["query_string"]):
                 return Client(is_admin=True)  # of this one path: the signature was given to who may see it
-        if path in OPEN_PATHS or scope["method"] == "OPTIONS":
-            return Client()
+            if path in OPEN_PATHS:
+                return Client()
         raise ApiError(
             401,
-            "a token is needed: send the header Authorization: Bearer TOKEN.",
+            "a token is needed: send the header Authorization: Bearer TOKEN. If this is a signed address, it may have "
+            "expired: ask for its video again.",
             code="invalid_token",
             headers={"www-authenticate": "Bearer"},
         )
 
     def _check_length(self, headers: Headers) -> None:
+        """Refuses a body that is too large, and one whose length can be read in two ways, as two servers may."""
         limit = self._rules.max_body_bytes
-        lengths = headers.getlist("content-length")
-        if len(lengths) > 1 or (lengths and not lengths[0].isdecimal()):
-            raise ApiError(400, "Content-Length must be one number.", code="invalid_length")
+        lengths, encodings = headers.getlist("content-length"), headers.getlist("transfer-encoding")
+        if len(lengths) > 1 or (lengths and (encodings or not _is_length(lengths[0]))):
+            raise ApiError(
+                400,
+                "Content-Length must be one number, and there must be no Transfer-Encoding beside it.",
+                code="invalid_length",
+                headers={"connection": "close"},
+            )
         if lengths and int(lengths[0]) > limit:
             raise _too_large(limit)
 
 
-class _Body:
+class _IncomingBody:
     """A body on its way in, whose bytes are counted, and that must not stop."""
 
     def __init__(self, receive: Receive, rules: GateRules) -> None:
         self._receive, self._rules = receive, rules
         self._num_bytes, self._is_complete = 0, False
-        self._began = time.monotonic()
+        self._seconds = 0.0  # that the server has waited for it
 
     async def receive(self) -> Message:
         """Returns the next message.
@@ -153,12 +180,14 @@ class _Body:
         """
         if self._is_complete:
             return await self._receive()
-        patience = self._began + self._rules.body_seconds + self._num_bytes / MIN_BYTES_PER_SECOND - time.monotonic()
+        patience = self._rules.body_seconds
+        began, left = time.monotonic(), patience + self._num_bytes / MIN_BYTES_PER_SECOND - self._seconds
         try:
-            message = await asyncio.wait_for(self._receive(), min(patience, self._rules.body_seconds))
+            message = await asyncio.wait_for(self._receive(), min(left, patience))
         except asyncio.TimeoutError as error:
-            slow = "the body comes too slowly: send at least 4 kilobytes each second."
+            slow = f"the body comes too slowly: send at least {MIN_BYTES_PER_SECOND:,} bytes each second."
             raise ApiError(408, slow, code="too_slow", headers={"connection": "close"}) from error
+        self._seconds += time.monotonic() - began
         if message["type"] == "http.request":
             self._num_bytes += len(message.get("body", b""))
             self._is_complete = not message.get("more_body", False)
@@ -167,24 +196,28 @@ class _Body:
         return message
 
 
+def _with_safe_headers(send: Send) -> Send:
+    """Returns a `send` that tells browsers to take no answer for a page or script that it is not."""
+
+    async def send_safely(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).setdefault("x-content-type-options", "nosniff")
+        await send(message)
+
+    return send_safely
+
+
 def _too_large(limit: int) -> ApiError:
     message = f"the body has more than {limit:,} bytes, as many as this server takes. Send less."
     return ApiError(413, message, code="too_large", headers={"connection": "close"})
 
 
-def _host_name(host: str) -> str | None:
-    """Returns the name in a Host header, in small letters and without the port; None where it is none."""
-    try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port  # raises for what is not a number
-    except ValueError:
-        return None
-    return parts.hostname if parts.hostname and parts.netloc == host and not parts.username else None
+def _is_length(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_LENGTH_DIGITS
 
 
-def _is_ip_address(name: str) -> bool:
+def _is_ip_address(name: str, version: int) -> bool:
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name).version == version
     except ValueError:
         return False
-    return True

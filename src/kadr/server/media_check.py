@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
+
 from kadr.errors import MediaError
 
-HEADER_CHECK_SECONDS = 20.0
+HEADER_CHECK_SECONDS = 10.0
 MEMORY_BYTES = 3 << 30  # of address space, of which most is the libraries'
+MAX_OUTCOME_BYTES = 1 << 16
 
 IMAGE, CLIP = "image", "clip"
 _EBML, _RIFF = b"\x1a\x45\xdf\xa3", b"RIFF"
@@ -39,13 +43,22 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """Facts from the header of an image or clip. frames, fps: of a clip."""
+    """Facts from the header of an image or clip.
+
+    Args:
+        width, height: in pixels; of a clip as stored, before any rotation.
+        upright_width, upright_height: as it is shown.
+        frames, fps, is_cut_off: of a clip, see `ClipHeader`.
+    """
 
     kind: str
     width: int
     height: int
+    upright_width: int
+    upright_height: int
     frames: int | None = None
     fps: float | None = None
+    is_cut_off: bool = False
 
 
 def sniff(head: bytes) -> tuple[str, str] | None:
@@ -69,23 +82,29 @@ def sniff(head: bytes) -> tuple[str, str] | None:
 
 
 def read_facts(path: Path, kind: str, limits: MediaLimits) -> MediaFacts:
-    """Reads the header of an image or clip; no pixel is decoded.
+    """Reads the header of an image or clip; of a clip, also its first frame, which alone says how it lies.
 
     Raises:
         MediaError: it is damaged, or exceeds a limit.
     """
-    if kind == IMAGE:
-        from kadr.media.image import probe_image
+    return _image_facts(path, limits) if kind == IMAGE else _clip_facts(path, limits)
 
-        width, height = probe_image(path)
-        if width * height > limits.max_pixels:
-            limit = limits.max_pixels / 1e6
-            raise MediaError(
-                f"the image has {width * height / 1e6:.0f} million pixels; this server takes {limit:.0f} million. Make "
-                "it smaller."
-            )
-        return MediaFacts(kind, width, height)
-    from kadr.media.clip import probe_video
+
+def _image_facts(path: Path, limits: MediaLimits) -> MediaFacts:
+    from kadr.media.image import probe_image
+
+    width, height = probe_image(path)
+    if width * height > limits.max_pixels:
+        limit = limits.max_pixels / 1e6
+        raise MediaError(
+            f"the image has {width * height / 1e6:.0f} million pixels; this server takes {limit:.0f} million. Make it "
+            "smaller."
+        )
+    return MediaFacts(IMAGE, width, height, width, height)
+
+
+def _clip_facts(path: Path, limits: MediaLimits) -> MediaFacts:
+    from kadr.media.clip import probe_upright_size, probe_video
 
     header = probe_video(path)
     if max(header.width, header.height) > limits.max_side:
@@ -94,7 +113,10 @@ def read_facts(path: Path, kind: str, limits: MediaLimits) -> MediaFacts:
         )
     if header.frames > limits.max_frames:
         raise MediaError(f"the clip has {header.frames} frames; this server takes {limits.max_frames}. Cut it.")
-    return MediaFacts(kind, header.width, header.height, header.frames, float(header.fps))
+    upright = probe_upright_size(path)
+    return MediaFacts(
+        CLIP, header.width, header.height, *upright, header.frames, float(header.fps), bool(header.is_cut_off)
+    )
 
 
 class MediaChecker:
@@ -102,33 +124,39 @@ class MediaChecker:
 
     def __init__(self, limits: MediaLimits, seconds: float = HEADER_CHECK_SECONDS) -> None:
         self._limits, self._seconds, self._lock = limits, seconds, Lock()
+        self._turns = CapacityLimiter(1)  # those that wait take none of the threads that all routes share
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def check(self, path: Path, kind: str) -> MediaFacts:
+    async def check(self, path: Path, kind: str) -> MediaFacts:
         """Returns the facts of a file.
 
         Raises:
             MediaError: as `read_facts`; or the file stopped the process that looked at it.
         """
+        return await to_thread.run_sync(self._check, path, kind, limiter=self._turns)
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._stop()
+
+    def _check(self, path: Path, kind: str) -> MediaFacts:
         with self._lock:
             connection = self._connection or self._start()
             try:
                 connection.send((path, kind, self._limits))
                 if not connection.poll(self._seconds):
                     raise EOFError
-                outcome = connection.recv()
-            except (EOFError, OSError) as error:
+                # Not unpickled: a file that took over that process must not take over this one.
+                outcome = json.loads(connection.recv_bytes(MAX_OUTCOME_BYTES))
+                if "facts" in outcome:
+                    return MediaFacts(**outcome["facts"])
+                message = str(outcome["error"])
+            except (EOFError, OSError, ValueError, TypeError, KeyError) as error:
                 self._stop()
                 raise MediaError("the file cannot be read: it is damaged.") from error
-        if isinstance(outcome, MediaFacts):
-            return outcome
-        raise MediaError(outcome.replace(str(path), "the file"))
-
-    def close(self) -> None:
-        """Ends the process."""
-        with self._lock:
-            self._stop()
+        raise MediaError(message.replace(str(path), "the file"))
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
@@ -148,26 +176,28 @@ class MediaChecker:
 
 def _run(connection: Connection) -> None:
     """Checks file after file, until the pipe closes."""
-    _limit_memory(MEMORY_BYTES)
+    _limit_resources()
     while True:
         try:
             path, kind, limits = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
-        connection.send(_outcome(partial(read_facts, path, kind, limits)))
+        connection.send_bytes(json.dumps(_outcome(partial(read_facts, path, kind, limits))).encode())
 
 
-def _outcome(read: Callable[[], MediaFacts]) -> MediaFacts | str:
+def _outcome(read: Callable[[], MediaFacts]) -> dict[str, Any]:
     try:
-        return read()
+        return {"facts": asdict(read())}
     except MediaError as error:
-        return str(error)
+        return {"error": str(error)}
     except Exception as error:  # of a library, for a file that nobody thought of
-        return f"the file cannot be read: {type(error).__name__}."
+        return {"error": f"the file cannot be read: {type(error).__name__}."}
 
 
-def _limit_memory(num_bytes: int) -> None:
+def _limit_resources() -> None:
+    """Bounds the memory of this process, and lets it write to no file."""
     if sys.platform.startswith("linux"):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

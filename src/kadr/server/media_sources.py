@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-from starlette.datastructures import UploadFile
+from anyio import to_thread
 
 from kadr.jobs.engine_maker import VIDEO_FILE
 from kadr.jobs.folders import MEDIA_FOLDER, storage_error
 from kadr.jobs.job import COMPLETED, is_job_id
+from kadr.media.known_headers import KnownHeader
 from kadr.quoting import quote
 from kadr.server.auth import Client
+from kadr.server.bodies import ParsedBody
 from kadr.server.errors import ApiError
 from kadr.server.schema import MediaReference
 from kadr.server.state import ServerState
 from kadr.server.uploads import decode_data_url, is_upload_id
 
-_CHUNK = 1 << 20
+_FACTS = ("width", "height", "upright_width", "upright_height", "frames", "fps", "is_cut_off")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class MediaSource:
         path: of the file now.
         name: that it will have in the job's folder.
         digest: tells it from others: a hash of its content, or the id of a video.
-        width, height, frames, fps: of its header; frames and fps of a clip.
+        width, height, upright_width, upright_height, frames, fps, is_cut_off: of its header, as `MediaFacts`.
     """
 
     path: Path
@@ -39,42 +43,46 @@ class MediaSource:
     digest: str
     width: int
     height: int
+    upright_width: int
+    upright_height: int
     frames: int | None = None
     fps: float | None = None
+    is_cut_off: bool = False
+
+    @property
+    def header(self) -> KnownHeader:
+        """The header, for a resolver that must not open the file."""
+        fps = None if self.fps is None else Fraction(self.fps)
+        return KnownHeader(
+            self.width, self.height, self.upright_width, self.upright_height, self.frames, fps, self.is_cut_off
+        )
 
 
-async def store_file(state: ServerState, client: Client, file: UploadFile) -> str:
-    """Stores a file of a form as an upload, and returns its id."""
+async def reference_id(state: ServerState, client: Client, body: ParsedBody, name: str, reference: Any) -> str | None:
+    """Returns the id of a medium: of a file of the form, or of what a reference stands for.
 
-    async def chunks() -> AsyncIterator[bytes]:
-        while chunk := await file.read(_CHUNK):
-            yield chunk
-
-    return (await state.uploads.receive(client.name, chunks())).id
-
-
-async def store_data_url(state: ServerState, client: Client, url: str) -> str:
-    """Stores a data: URL as an upload, and returns its id."""
-    content = decode_data_url(url)
-
-    async def chunks() -> AsyncIterator[bytes]:
-        yield content
-
-    return (await state.uploads.receive(client.name, chunks())).id
-
-
-async def reference_id(state: ServerState, client: Client, reference: MediaReference | str, param: str) -> str:
-    """Returns the id that a reference stands for; a data: URL becomes an upload.
+    A file and a data: URL are there under their id while the block of the body runs.
 
     Raises:
         ApiError: it names nothing, or several things.
     """
-    if isinstance(reference, str):
-        return await store_data_url(state, client, reference) if ":" in reference else reference
-    named = [value for value in (reference.file_id, reference.image_url, reference.id) if value is not None]
-    if len(named) != 1:
-        raise ApiError(400, f"{param} must have one of file_id, image_url and id.", code="invalid_value", param=param)
-    return await store_data_url(state, client, named[0]) if reference.image_url is not None else named[0]
+    if (file := body.files.get(name)) is not None:
+        if reference is not None:
+            raise ApiError(400, f"{name} is given twice.", code="invalid_body", param=name)
+        return (await file.check()).id
+    if isinstance(reference, MediaReference):
+        named = [value for value in (reference.file_id, reference.image_url, reference.id) if value is not None]
+        if len(named) != 1:
+            raise ApiError(400, f"{name} must have one of file_id, image_url and id.", code="invalid_value", param=name)
+        if reference.image_url is None:
+            return named[0]
+        reference = reference.image_url
+    elif reference is None or ":" not in reference:
+        return reference
+    content = await to_thread.run_sync(decode_data_url, reference)
+    upload = body.hold(state.uploads.begin(client.name))
+    await upload.write(content)
+    return (await upload.check()).id
 
 
 def find_source(state: ServerState, client: Client, reference: str, index: int) -> MediaSource:
@@ -89,10 +97,7 @@ def find_source(state: ServerState, client: Client, reference: str, index: int) 
             state.uploads.path(upload),
             f"{MEDIA_FOLDER}/{index}{upload.suffix}",
             upload.sha256,
-            upload.width,
-            upload.height,
-            upload.frames,
-            upload.fps,
+            **{name: getattr(upload, name) for name in _FACTS},
         )
     job_id, slash, number = reference.partition("/")
     if not is_job_id(job_id):
@@ -105,7 +110,7 @@ def find_source(state: ServerState, client: Client, reference: str, index: int) 
     width, height = map(int, job.result["size"].split("x"))
     path = state.queue.store.folders.output(job_id) / VIDEO_FILE
     suffix = Path(VIDEO_FILE).suffix
-    facts = (width, height, job.result["frames"], job.result["fps"])
+    facts = (width, height, width, height, job.result["frames"], job.result["fps"])
     return MediaSource(path, f"{MEDIA_FOLDER}/{index}{suffix}", job_id, *facts)
 
 
@@ -121,14 +126,7 @@ def _medium_of(
 
 def describe_source(source: MediaSource) -> dict[str, object]:
     """Returns what a job stores of a medium."""
-    return {
-        "name": source.name,
-        "digest": source.digest,
-        "width": source.width,
-        "height": source.height,
-        "frames": source.frames,
-        "fps": source.fps,
-    }
+    return {name: getattr(source, name) for name in ("name", "digest", *_FACTS)}
 
 
 def copy_sources(sources: list[MediaSource], folder: Path) -> None:

@@ -5,40 +5,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import socket
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from kadr.cancellation import CancelToken, cancellable
+from kadr.cancellation import cancellable
 from kadr.errors import KadrError, RequestError
 from kadr.jobs.engine_maker import EngineMaker
-from kadr.jobs.events import EventLog
 from kadr.jobs.expiry import Retention
 from kadr.jobs.job import QueueLimits
 from kadr.jobs.live_job import Patience
 from kadr.jobs.queue import JobQueue
 from kadr.jobs.supervisor import MIN_FREE_BYTES
+from kadr.jobs.worker import MakerFactory
 from kadr.server.auth import Tokens
 from kadr.server.catalogue import Catalogue
+from kadr.server.connections import ConnectionLimits, allowed_connections, create_server
 from kadr.server.gate import GateRules
+from kadr.server.hidden_paths import PathHider
 from kadr.server.media_check import MediaChecker, MediaLimits
 from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import DEFAULT_SECONDS, UrlSigner
 from kadr.server.state import ServerState
-from kadr.server.uploads import UploadStore
+from kadr.server.uploads import UploadLimits, UploadStore
 from kadr.spec.model_folders import ModelFolders
 
-HEADER_SECONDS = 20  # for the head of a request to arrive
-MAX_CONNECTIONS = 1000
-STOP_SECONDS = 5  # for answers on their way when the server stops
-STOP_POLL_SECONDS = 0.1  # between looks at the token
+BACKLOG = 1000  # connections that wait to be accepted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +53,7 @@ class ServerSettings:
         devices: one worker for each; () is one worker on the device of `engine_options`.
         limits, retention, patience, min_free_bytes: see `JobQueue`.
         media_limits: see `MediaLimits`.
-        max_upload_bytes: of one file.
-        upload_seconds: that an upload is kept.
+        upload_limits: see `UploadLimits`.
         url_seconds: that a signed address is good.
         is_paused: no job begins until the queue is resumed; None leaves it as it was.
         hides_prompts: no prompt is written to the log.
@@ -77,8 +74,7 @@ class ServerSettings:
     patience: Patience = field(default_factory=Patience)
     min_free_bytes: int = MIN_FREE_BYTES
     media_limits: MediaLimits = field(default_factory=MediaLimits)
-    max_upload_bytes: int = 512 << 20
-    upload_seconds: float = 24 * 3600.0
+    upload_limits: UploadLimits = field(default_factory=lambda: UploadLimits(min_free_bytes=MIN_FREE_BYTES))
     url_seconds: int = DEFAULT_SECONDS
     is_paused: bool | None = None
     hides_prompts: bool = False
@@ -118,19 +114,8 @@ def serve(settings: ServerSettings, log: Callable[[str], object], on_ready: Call
             from kadr.server.app import create_app  # loads torch, which the worker does at the same time
 
             address = _address(settings.host, listener.getsockname()[1])
-            config = uvicorn.Config(
-                create_app(state, rules),
-                http=partial(_Protocol, header_seconds=HEADER_SECONDS),  # type: ignore[arg-type]
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                limit_concurrency=MAX_CONNECTIONS,
-                timeout_graceful_shutdown=STOP_SECONDS,
-                proxy_headers=False,
-            )
-            server = _Server(config)
+            limits = ConnectionLimits(max_connections=allowed_connections())
+            server = create_server(create_app(state, rules), limits)
             threading.Thread(target=_open_default_model, args=(state, log), daemon=True).start()
             on_ready(address)
             with cancellable() as token:
@@ -140,16 +125,17 @@ def serve(settings: ServerSettings, log: Callable[[str], object], on_ready: Call
 
 
 @contextlib.contextmanager
-def open_state(settings: ServerSettings, log: Callable[[str], object]) -> Any:
-    """Yields the state and the rules of a server whose queue runs until the block ends."""
+def open_state(
+    settings: ServerSettings, log: Callable[[str], object], makers: Sequence[MakerFactory] | None = None
+) -> Any:
+    """Yields the state and the rules of a server whose queue runs until the block ends.
+
+    Args:
+        makers: what each worker makes videos with; None: with the engines of the settings.
+    """
     engine_options = {**settings.engine_options, "models_dirs": tuple(map(str, settings.models_dirs))}
-    devices = settings.devices or (None,)
-    makers = [
-        partial(EngineMaker, engine_options if device is None else {**engine_options, "device": device},
-                stores_paths=False,
-            previews=True, opens_first={"model": next(iter(settings.models.values())), "loras": []})
-        for device in devices
-    ]  # fmt: skip
+    if makers is None:
+        makers = _engine_makers(settings, engine_options)
     queue = JobQueue(
         settings.folder,
         makers,
@@ -163,27 +149,49 @@ def open_state(settings: ServerSettings, log: Callable[[str], object]) -> Any:
     try:
         if settings.is_paused is not None:
             queue.store.set_paused(settings.is_paused)
-        uploads = UploadStore(
-            settings.folder / "uploads", checker, max_bytes=settings.max_upload_bytes, max_age=settings.upload_seconds
-        )
+        uploads = UploadStore(settings.folder / "uploads", checker, settings.upload_limits)
         metrics = Metrics()
         queue.events.subscribe(metrics.observe)
         signer = UrlSigner.open(settings.folder, settings.url_seconds)
         catalogue = Catalogue(settings.models, ModelFolders.open(settings.models_dirs), engine_options)
         queue.housekeeping.append(uploads.delete_expired)
         queue.start()
-        state = ServerState(queue, catalogue, uploads, signer, metrics, settings.hides_prompts, log)
+        state = ServerState(
+            queue, catalogue, uploads, signer, metrics, settings.hides_prompts, log, PathHider(_folders(settings))
+        )
         rules = GateRules(
             settings.tokens,
             signer,
             hosts=tuple(host.lower() for host in (*settings.hosts, settings.host)),
             origins=tuple(settings.origins),
-            max_body_bytes=settings.max_upload_bytes + (1 << 20),
+            max_body_bytes=settings.upload_limits.max_bytes + (1 << 20),
         )
         yield state, rules
     finally:
         queue.close()
         checker.close()
+
+
+def _folders(settings: ServerSettings) -> list[Path]:
+    """Returns the folders that messages may name: of the data, of models, and of kadr itself."""
+    options = [value for option in settings.engine_options.values() for value in _as_tuple(option)]
+    files = [Path(value).absolute() for value in (*settings.models.values(), *options) if os.path.exists(value)]
+    parents = [file.parent for file in files]
+    own = [Path(__file__).parents[1], Path(os.path.expanduser("~")), Path(tempfile.gettempdir())]
+    return [settings.folder, *map(Path, settings.models_dirs), *parents, *own]
+
+
+def _as_tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, tuple) else ()
+
+
+def _engine_makers(settings: ServerSettings, engine_options: Mapping[str, Any]) -> list[MakerFactory]:
+    first = {"model": next(iter(settings.models.values())), "loras": []}
+    options = [{"device": device} if device is not None else {} for device in settings.devices or (None,)]
+    return [
+        partial(EngineMaker, {**engine_options, **option}, previews=True, stores_paths=False, opens_first=first)
+        for option in options
+    ]
 
 
 def _open_default_model(state: ServerState, log: Callable[[str], object]) -> None:
@@ -201,7 +209,7 @@ def _listen(host: str, port: int) -> socket.socket:
         if hasattr(socket, "SO_REUSEADDR") and socket.SO_REUSEADDR and not hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(MAX_CONNECTIONS)  # now: whoever reads the address may connect at once
+        listener.listen(BACKLOG)  # now: whoever reads the address may connect at once
     except OSError as error:
         listener.close()
         raise RequestError(
@@ -212,53 +220,3 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _address(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-class _Server(uvicorn.Server):
-    """A server that stops when a token is cancelled; signals are the command line's."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves signals alone."""
-        yield
-
-    async def serve_until(self, token: CancelToken, listener: socket.socket, events: EventLog) -> None:
-        """Serves until the token is cancelled, then ends the streams of events."""
-        serving = asyncio.ensure_future(self.serve(sockets=[listener]))
-        while not token.is_cancelled and not serving.done():
-            await asyncio.wait((serving,), timeout=STOP_POLL_SECONDS)
-        self.should_exit = True
-        events.close()
-        await serving
-
-
-class _Protocol(H11Protocol):
-    """Closes a connection on which the head of a request does not arrive in time."""
-
-    def __init__(self, *args: Any, header_seconds: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._header_seconds = header_seconds
-        self._header_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._await_header()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._await_header()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-        super().connection_lost(exc)
-
-    def _await_header(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-        before = self.cycle
-        self._header_timer = self.loop.call_later(self._header_seconds, self._close_if_idle, before)
-
-    def _close_if_idle(self, before: Any) -> None:
-        if self.cycle is before and not self.transport.is_closing():
-            self.transport.close()

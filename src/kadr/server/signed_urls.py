@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 from kadr.atomic_write import atomic_file
 
@@ -50,9 +50,12 @@ class UrlSigner:
         values = {**query, "expires": str(int(self.clock()) + self.seconds)}
         return f"{path}?{urlencode({**values, 'signature': self._signature(path, values)})}"
 
-    def is_valid(self, path: str, query: dict[str, str]) -> bool:
+    def is_valid(self, path: str, query_string: bytes) -> bool:
         """Tells whether a path and its query were signed here, unaltered, and have not expired."""
-        values = dict(query)
+        pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
+        values = dict(pairs)
+        if len(values) != len(pairs):  # another reader of a name that is there twice may take the other value
+            return False
         signature, expires = values.pop("signature", ""), values.get("expires", "")
         is_genuine = hmac.compare_digest(self._signature(path, values).encode(), signature.encode())
         return is_genuine and expires.isdecimal() and self.clock() < int(expires)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from kadr.jobs.queue import JobQueue
 from kadr.server.auth import Client
+from kadr.server.body_memory import BodyMemory
 from kadr.server.catalogue import Catalogue
+from kadr.server.hidden_paths import PathHider
 from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import UrlSigner
+from kadr.server.stream_count import StreamCount
 from kadr.server.uploads import UploadStore
+
+PLANNING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,10 @@ class ServerState:
     Args:
         hides_prompts: no prompt is written to the log.
         log: takes lines for the operator.
+        hide_paths: takes the server's folders out of messages.
+        streams: bounds those of one client.
+        body_memory: bounds bodies in memory.
+        planning: those who resolve and plan take turns, and none of the threads that all routes share.
     """
 
     queue: JobQueue
@@ -32,6 +42,10 @@ class ServerState:
     metrics: Metrics
     hides_prompts: bool
     log: Callable[[str], object]
+    hide_paths: PathHider = field(default_factory=PathHider)
+    body_memory: BodyMemory = field(default_factory=BodyMemory)
+    streams: StreamCount = field(default_factory=StreamCount)
+    planning: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PLANNING_THREADS))
 
 
 def _state(request: Request) -> ServerState:

@@ -98,7 +98,9 @@ def serve(
     _require_extra()
     from kadr.jobs.expiry import Retention
     from kadr.jobs.job import QueueLimits
+    from kadr.jobs.supervisor import MIN_FREE_BYTES
     from kadr.server.run import ServerSettings
+    from kadr.server.uploads import UploadLimits
 
     if new_token is not None:
         _print_new_token(new_token, is_admin=admin)
@@ -123,7 +125,7 @@ def serve(
                 max_age=None if keep_days is None else keep_days * SECONDS_PER_DAY,
                 max_bytes=None if keep_gb is None else round(keep_gb * 1e9),
             ),
-            max_upload_bytes=max_upload_mb << 20,
+            upload_limits=UploadLimits(max_bytes=max_upload_mb << 20, min_free_bytes=MIN_FREE_BYTES),
             is_paused=True if paused else None,
             hides_prompts=hide_prompts,
         )

@@ -67,5 +67,5 @@ PREVIEW_FILE: dict[str, Any] = {
 }
 CONTENT: dict[str, Any] = {
     "response_class": FileResponse,
-    "responses": {200: _FILE, 206: _FILE, 416: {"content": {"text/plain": {}}}, **ERRORS},
+    "responses": {200: _FILE, 206: _FILE, **ERRORS, **envelope_responses(416)},
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kadr.jobs.job import Job, NewJob
+from kadr.media.known_headers import KnownHeader, use_known_headers
 from kadr.quoting import quote
 from kadr.request.complete import with_duration
 from kadr.request.request import Request
@@ -48,6 +49,11 @@ class Draft:
     sources: Sequence[MediaSource]
     priority: int = 0
     remixed_from: str | None = None
+
+    @property
+    def headers(self) -> dict[str, KnownHeader]:
+        """The headers of its media, by path: nobody who resolves it may open them."""
+        return {str(source.path): source.header for source in self.sources}
 
     def new_job(self, client: Client, resolved: ResolvedRequest) -> NewJob:
         """Returns the job to submit. resolved: its request, resolved for its model."""
@@ -107,7 +113,8 @@ def build_draft(
         if request.frames is not None:
             raise ApiError(400, "both seconds and frames are given; give one.", code="invalid_value", param="seconds")
         recipe = state.catalogue.engine(engine).spec.recipe
-        request = with_duration(request, parse_seconds(body.seconds), recipe)
+        with use_known_headers({str(source.path): source.header for source in sources.found}):
+            request = with_duration(request, parse_seconds(body.seconds), recipe)
     named_loras = [lora.model_dump(exclude_none=True) for lora in loras]
     return Draft(request, engine, model, named_loras, sources.found, body.priority or 0)
 

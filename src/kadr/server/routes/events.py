@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from kadr.jobs.events import CLOSED, DELETED, JOB, PROGRESS, Event
+from kadr.jobs.events import CLOSED, DELETED, JOB, NOTICE, PROGRESS, Event
 from kadr.jobs.job import UnknownJobError
 from kadr.server.auth import Client
 from kadr.server.errors import envelope_responses
@@ -21,7 +23,7 @@ HEARTBEAT_SECONDS = 15.0
 MAX_WAITING = 1000  # events of a client that does not read; then it is cut off, and comes back for what it missed
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}},
-    **envelope_responses(400, 401, 403, 404),
+    **envelope_responses(400, 401, 403, 404, 429),
 }
 
 LastEventId = Annotated[str | None, Header(alias="Last-Event-ID", max_length=100)]
@@ -56,10 +58,22 @@ async def stream_video_events(
 def _stream(
     request: Request, state: ServerState, client: Client, last_event_id: str | None, job_id: str | None, *, waits: bool
 ) -> StreamingResponse:
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no", "x-content-type-options": "nosniff"}
     base_url = str(request.base_url).rstrip("/")
-    chunks = _Follower(state, client, base_url, job_id).follow(last_event_id, waits=waits)
-    return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+    follower = _Follower(state, client, base_url, job_id)
+    return _EventStream(follower.follow(last_event_id, waits=waits), state.streams.one_more(client.name))
+
+
+class _EventStream(StreamingResponse):
+    """An answer with events, which counts among those of its client from its beginning to its end."""
+
+    def __init__(self, chunks: AsyncIterator[str], count: AbstractContextManager[None]) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._count:
+            await super().__call__(scope, receive, send)
 
 
 class _Follower:
@@ -68,6 +82,7 @@ class _Follower:
     def __init__(self, state: ServerState, client: Client, base_url: str, job_id: str | None) -> None:
         self._state, self._client, self._base_url, self._job_id = state, client, base_url, job_id
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._is_cut_off = False
         self._loop = asyncio.get_running_loop()
 
     async def follow(self, last_event_id: str | None, *, waits: bool) -> AsyncIterator[str]:
@@ -96,10 +111,13 @@ class _Follower:
     def _receive(self, event: Event) -> None:
         """Takes an event in the thread where it happened."""
         if self._is_wanted(event):
-            self._loop.call_soon_threadsafe(self._put, event)
+            with suppress(RuntimeError):  # the server has stopped
+                self._loop.call_soon_threadsafe(self._put, event)
 
     def _put(self, event: Event) -> None:
-        self._queue.put_nowait(event if self._queue.qsize() < MAX_WAITING else None)
+        if not self._is_cut_off:
+            self._is_cut_off = self._queue.qsize() >= MAX_WAITING
+            self._queue.put_nowait(None if self._is_cut_off else event)
 
     def _is_wanted(self, event: Event) -> bool:
         is_of_stream = event.kind == CLOSED or self._job_id in (None, event.job_id)
@@ -115,8 +133,8 @@ class _Follower:
         boot_id, _, number = last_event_id.partition(".")
         if boot_id != log.boot_id or not number.isdecimal() or (missed := log.since(int(number))) is None:
             return newest, None
-        missed = [event for event in missed if self._is_wanted(event)]
-        return max(newest, int(number)), missed
+        newest = max([newest, int(number), *(event.seq for event in missed)])
+        return newest, [event for event in missed if self._is_wanted(event)]
 
     def _greeting(self, has_missed_events: bool) -> str:
         kind = "reset" if has_missed_events else "ready"
@@ -145,8 +163,9 @@ class _Follower:
         elif event.kind == PROGRESS:
             data = {"id": event.job_id, "seq": event.seq, **show_progress(event.data)}
         else:
-            extra = event.data if isinstance(event.data, dict) else {}
-            data = {"id": event.job_id, "seq": event.seq, **extra}
+            data = {"id": event.job_id, "seq": event.seq}
+            if event.kind == NOTICE:
+                data["message"] = self._state.hide_paths(event.data["message"])
         return _event(event.kind, data, self._event_id(event.seq))
 
     def _show_job(self, job: Any) -> dict[str, Any]:

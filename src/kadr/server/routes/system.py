@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,13 +12,12 @@ from fastapi.responses import JSONResponse
 from kadr.errors import KadrError
 from kadr.server import schema
 from kadr.server.auth import Client
-from kadr.server.bodies import read_body
+from kadr.server.bodies import content_type, read_body
 from kadr.server.errors import ApiError, envelope_responses
 from kadr.server.state import Sender, ServerState, State
 from kadr.server.uploads import StoredUpload
 from kadr.version import __version__
 
-_CHUNK = 1 << 20
 _ERRORS = envelope_responses(400, 401, 403, 404)
 _HEALTH: dict[int | str, dict[str, Any]] = {503: {"model": schema.Health}, **envelope_responses(401, 403)}
 _METRICS: dict[int | str, dict[str, Any]] = {
@@ -49,18 +47,12 @@ router = APIRouter()
 @router.post("/v1/uploads", response_model=schema.Upload, responses=_UPLOAD_ERRORS, openapi_extra=_UPLOAD_BODY)
 async def create_upload(request: Request, state: State, client: Sender) -> Any:
     """Takes an image or clip, as the field `file` of a form or as the whole body. Its name is not used."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    if content_type(request) != "multipart/form-data":
         return _show_upload(state, await state.uploads.receive(client.name, request.stream()))
-    async with read_body(request) as parsed:
+    async with read_body(request, client, state.uploads, state.body_memory) as parsed:
         if set(parsed.files) != {"file"} or parsed.data:
             raise ApiError(400, "the form must have one field, file, with a file.", code="invalid_body", param="file")
-
-        async def chunks() -> AsyncIterator[bytes]:
-            while chunk := await parsed.files["file"].read(_CHUNK):
-                yield chunk
-
-        return _show_upload(state, await state.uploads.receive(client.name, chunks()))
+        return _show_upload(state, await parsed.files["file"].keep())
 
 
 @router.get("/v1/uploads", response_model=schema.UploadList, responses=envelope_responses(401, 403))
@@ -147,7 +139,7 @@ async def get_metrics(state: State, client: Sender) -> Response:
 
 def _show_upload(state: ServerState, upload: StoredUpload) -> dict[str, Any]:
     facts = asdict(upload)
-    times = {"created_at": int(upload.created_at), "expires_at": int(upload.created_at + state.uploads.max_age)}
+    times = {"created_at": int(upload.created_at), "expires_at": int(upload.created_at + state.uploads.limits.max_age)}
     return {key: facts[key] for key in schema.Upload.model_fields if key in facts} | times
 
 

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from kadr.errors import KadrWarning, PlanError
 from kadr.jobs.engine_maker import SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
-from kadr.jobs.job import COMPLETED, FAILED, QUEUED, Job, JobConflictError
+from kadr.jobs.job import COMPLETED, FAILED, QUEUED, Job, JobConflictError, is_job_id
+from kadr.media.known_headers import use_known_headers
+from kadr.quoting import show
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.server import schema
 from kadr.server.auth import Client
 from kadr.server.bodies import ParsedBody, check_body, read_body
-from kadr.server.errors import ApiError, hide_paths
-from kadr.server.media_sources import MediaSource, copy_sources, find_source, reference_id, store_file
+from kadr.server.errors import ApiError
+from kadr.server.media_sources import MediaSource, copy_sources, find_source, reference_id
 from kadr.server.routes import documents
 from kadr.server.routes.drafts import Draft, build_draft, parse_seconds, remix_draft
 from kadr.server.routes.views import SPRITESHEET, THUMBNAIL, VIDEO, format_seconds, poll_after_ms, show_video
 from kadr.server.state import Sender, ServerState, State
+from kadr.shapes import MAX_FRAMES
 
 MAX_KEY_CHARACTERS = 255
 SYNC_POLL_SECONDS = 0.25
@@ -43,22 +49,22 @@ async def create_video(
     request: Request, state: State, client: Sender, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Accepts a request for a video. When it is answered, the job is on disk."""
-    draft, resolved = await _read_draft(request, state, client)
-    job = await _submit(state, client, draft, resolved, idempotency_key)
+    async with _read_draft(request, state, client) as (draft, resolved):
+        job = await _submit(state, client, draft, resolved, idempotency_key)
     return _answer(request, state, client, job)
 
 
 @router.post("/videos/sync", **documents.SYNC)
 async def create_video_and_wait(request: Request, state: State, client: Sender) -> Response:
     """Makes a video and answers with its file. A client that goes away cancels it."""
-    draft, resolved = await _read_draft(request, state, client)
-    job = await _submit(state, client, draft, resolved, None)
+    async with _read_draft(request, state, client) as (draft, resolved):
+        job = await _submit(state, client, draft, resolved, None)
     while not (job := state.queue.store.get(job.id)).is_finished:
         if await request.is_disconnected():
             _cancel_quietly(state, job.id)
         await asyncio.sleep(SYNC_POLL_SECONDS)
     if job.error is not None:
-        raise ApiError(422, hide_paths(job.error.message), code=job.error.code)
+        raise ApiError(422, state.hide_paths(job.error.message), code=job.error.code)
     response = _file(state, job.id, VIDEO)
     response.headers["x-video-id"] = job.id
     return response
@@ -90,9 +96,9 @@ async def extend_video(
         shape = _shape_of(body, source)
         if body.seconds is None:
             raise ApiError(400, "seconds is missing: the length to add.", code="missing_value", param="seconds")
-        added = round(parse_seconds(body.seconds) * shape["fps"])
+        added = max(1, round(min(parse_seconds(body.seconds) * shape["fps"], MAX_FRAMES)))
         conditions = [{"media": reference}, *(body.conditions or ())]
-        return {**shape, "frames": (source.frames or 1) + max(1, added), "conditions": conditions, "seconds": None}
+        return {**shape, "frames": (source.frames or 1) + added, "conditions": conditions, "seconds": None}
 
     return await _from_video(request, state, client, idempotency_key, schema.ExtendVideo, settings)
 
@@ -144,7 +150,8 @@ async def cancel_video(request: Request, state: State, client: Sender, video_id:
 @router.post("/videos/{video_id}/move", **documents.MOVE)
 async def move_video(request: Request, state: State, client: Sender, video_id: str) -> Response:
     """Moves a video that waits to just before another one, or to the end of the queue."""
-    async with read_body(request) as parsed:
+    async with read_body(request, client, state.uploads, state.body_memory) as parsed:
+        _refuse_files(parsed)
         before = check_body(schema.MoveVideo, parsed.data).before
     move = state.queue.store.move
     job = await to_thread.run_sync(lambda: move(video_id, before=before, owner=client.scope))
@@ -182,7 +189,8 @@ async def remix_video(
 ) -> Response:
     """Makes a video again with another prompt: same seed, same settings."""
     job = state.queue.store.get(video_id, client.scope)
-    async with read_body(request) as parsed:
+    async with read_body(request, client, state.uploads, state.body_memory) as parsed:
+        _refuse_files(parsed)
         prompt = check_body(schema.RemixVideo, parsed.data).prompt
     draft = remix_draft(state, client, job, prompt)
     resolved = await _resolve(state, draft)
@@ -192,8 +200,8 @@ async def remix_video(
 @router.post("/plan", **documents.PLAN)
 async def plan_video(request: Request, state: State, client: Sender) -> Any:
     """Tells what a video would take: memory, time, bytes to fetch; and what would fit. Makes nothing."""
-    draft, resolved = await _read_draft(request, state, client)
-    return await to_thread.run_sync(_plan, state, draft, resolved)
+    async with _read_draft(request, state, client) as (draft, resolved):
+        return await to_thread.run_sync(_plan, state, draft, resolved, limiter=state.planning)
 
 
 def _plan(state: ServerState, draft: Draft, resolved: ResolvedRequest) -> dict[str, Any]:
@@ -204,14 +212,14 @@ def _plan(state: ServerState, draft: Draft, resolved: ResolvedRequest) -> dict[s
         "fps": resolved.fps,
         "seconds": format_seconds(resolved.frames / resolved.fps),
     }
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, use_known_headers(draft.headers):
         warnings.simplefilter("always", KadrWarning)
         try:
             plan = state.catalogue.engine(draft.engine).plan(
                 resolved, reclaimable_bytes=state.queue.supervisor.device_bytes
             )
         except PlanError as error:
-            return {**facts, "fits": False, "message": hide_paths(str(error))}
+            return {**facts, "fits": False, "message": state.hide_paths(str(error))}
     return {
         **facts,
         "fits": True,
@@ -220,18 +228,22 @@ def _plan(state: ServerState, draft: Draft, resolved: ResolvedRequest) -> dict[s
         "estimated_seconds": round(plan.seconds, 1),
         "estimated_seconds_range": [round(bound, 1) for bound in plan.seconds_range],
         "bytes_to_fetch": plan.bytes_to_fetch,
-        "reasons": [hide_paths(reason) for reason in plan.reasons()],
-        "warnings": [hide_paths(str(item.message)) for item in caught if issubclass(item.category, KadrWarning)],
+        "reasons": [state.hide_paths(reason) for reason in plan.reasons()],
+        "warnings": [state.hide_paths(str(item.message)) for item in caught if issubclass(item.category, KadrWarning)],
     }
 
 
-async def _read_draft(request: Request, state: ServerState, client: Client) -> tuple[Draft, ResolvedRequest]:
-    """Reads the body of a new video, and resolves it for its model."""
-    async with read_body(request) as parsed:
+@asynccontextmanager
+async def _read_draft(
+    request: Request, state: ServerState, client: Client
+) -> AsyncIterator[tuple[Draft, ResolvedRequest]]:
+    """Reads the body of a new video, and resolves it for its model; files that come with it are there in the block."""
+    async with read_body(request, client, state.uploads, state.body_memory) as parsed:
+        _refuse_files(parsed, "input_reference")
         body = check_body(schema.CreateVideo, _with_extra(parsed.data))
-        begin = await _read_reference(state, client, parsed, "input_reference", body.input_reference)
-    draft = await to_thread.run_sync(build_draft, state, client, body, body.prompt, begin)
-    return draft, await _resolve(state, draft)
+        begin = await reference_id(state, client, parsed, "input_reference", body.input_reference)
+        draft = await _build(state, client, body, begin)
+        yield draft, await _resolve(state, draft)
 
 
 async def _from_video(
@@ -243,20 +255,28 @@ async def _from_video(
     settings: Callable[[Any, MediaSource, str], dict[str, Any]],
 ) -> Response:
     """Submits a job that is made from another video, which is a file of the form or an id."""
-    async with read_body(request) as parsed:
+    async with read_body(request, client, state.uploads, state.body_memory) as parsed:
+        _refuse_files(parsed, "input_reference", "video")
         body = check_body(model, _with_extra(parsed.data))
-        reference = await _read_reference(state, client, parsed, "video", body.video)
-        begin = await _read_reference(state, client, parsed, "input_reference", body.input_reference)
-    if reference is None:
-        raise ApiError(400, "video is missing: a file, or the id of a video.", code="missing_value", param="video")
-    source = find_source(state, client, reference, 0)
-    if source.frames is None:
-        raise ApiError(400, "video is an image; it must be a clip.", code="invalid_media", param="video")
-    body = body.model_copy(update=settings(body, source, reference))
-    draft = await to_thread.run_sync(build_draft, state, client, body, body.prompt, begin)
-    draft = replace(draft, remixed_from=reference if reference.startswith("video_") else None)
-    resolved = await _resolve(state, draft)
-    return _answer(request, state, client, await _submit(state, client, draft, resolved, idempotency_key))
+        reference = await reference_id(state, client, parsed, "video", body.video)
+        begin = await reference_id(state, client, parsed, "input_reference", body.input_reference)
+        if reference is None:
+            raise ApiError(400, "video is missing: a file, or the id of a video.", code="missing_value", param="video")
+        source = find_source(state, client, reference, 0)
+        if source.frames is None:
+            raise ApiError(400, "video is an image; it must be a clip.", code="invalid_media", param="video")
+        body = body.model_copy(update=settings(body, source, reference))
+        draft = await _build(state, client, body, begin)
+        draft = replace(draft, remixed_from=reference if is_job_id(reference) else None)
+        job = await _submit(state, client, draft, await _resolve(state, draft), idempotency_key)
+    return _answer(request, state, client, job)
+
+
+def _refuse_files(parsed: ParsedBody, *names: str) -> None:
+    """Refuses files other than those of these fields."""
+    if unknown := sorted(set(parsed.files) - set(names)):
+        name = show(unknown[0])
+        raise ApiError(400, f"{name} is not a file of this request.", code="unknown_parameter", param=name)
 
 
 def _shape_of(body: schema.VideoSettings, source: MediaSource) -> dict[str, Any]:
@@ -278,30 +298,24 @@ def _with_extra(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(extra, Mapping):
         return dict(data)  # its check refuses what is not an object
     if twice := sorted(set(extra) & set(data)):
-        raise ApiError(400, f"{twice[0]} is given twice.", code="invalid_value", param=twice[0])
+        name = show(twice[0])
+        raise ApiError(400, f"{name} is given twice.", code="invalid_value", param=name)
     return {**{key: value for key, value in data.items() if key != "extra_params"}, **extra}
 
 
-async def _read_reference(
-    state: ServerState, client: Client, parsed: ParsedBody, name: str, reference: Any
-) -> str | None:
-    """Returns the id of a medium that is a file of the form or a reference. Other files are refused."""
-    if unknown := sorted(set(parsed.files) - {"input_reference", "video"}):
-        raise ApiError(400, f"{unknown[0]} is not a file of this request.", code="unknown_parameter", param=unknown[0])
-    if (file := parsed.files.get(name)) is not None:
-        return await store_file(state, client, file)
-    return None if reference is None else await reference_id(state, client, reference, name)
+async def _build(state: ServerState, client: Client, body: schema.CreateVideo, begin: str | None) -> Draft:
+    return await to_thread.run_sync(build_draft, state, client, body, body.prompt, begin, limiter=state.planning)
 
 
 async def _resolve(state: ServerState, draft: Draft) -> ResolvedRequest:
     """Resolves a draft for its model: what would fail later is refused now."""
 
     def resolve() -> ResolvedRequest:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), use_known_headers(draft.headers):
             warnings.simplefilter("ignore", KadrWarning)
             return state.catalogue.engine(draft.engine).resolve(draft.request)
 
-    return await to_thread.run_sync(resolve)
+    return await to_thread.run_sync(resolve, limiter=state.planning)
 
 
 async def _submit(
@@ -341,10 +355,19 @@ def _show_all(request: Request, state: ServerState, client: Client, jobs: Any) -
 def _file(state: ServerState, job_id: str, variant: str) -> FileResponse:
     name, kind = _FILES[variant]
     path = state.queue.store.folders.output(job_id) / name
-    if not path.is_file():
-        raise ApiError(404, f"the {variant} of {job_id} is no longer on the server's disk.", code="content_not_found")
-    return FileResponse(path, media_type=kind, filename=f"{job_id}{path.suffix}", headers=FILE_HEADERS,
-                        content_disposition_type="inline")  # fmt: skip
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        message = f"the {variant} of {job_id} is no longer on the server's disk."
+        raise ApiError(404, message, code="content_not_found") from error
+    return MediaResponse(
+        path,
+        media_type=kind,
+        filename=f"{job_id}{path.suffix}",
+        headers=FILE_HEADERS,
+        stat_result=found,
+        content_disposition_type="inline",
+    )
 
 
 def _cancel_quietly(state: ServerState, job_id: str) -> None:
@@ -353,3 +376,23 @@ def _cancel_quietly(state: ServerState, job_id: str) -> None:
         state.queue.store.cancel(job_id)
     except JobConflictError:
         return
+
+
+class MediaResponse(FileResponse):
+    """An answer with a file, or a range of it; what is wrong with a range is said in the envelope."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal: ApiError | None = None
+
+        async def send_unless_refused(message: Message) -> None:
+            nonlocal refusal
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                length = {"content-range": f"bytes */{self.headers['content-length']}"}
+                text = f"the range is not one of the {self.headers['content-length']} bytes of the file."
+                refusal = ApiError(message["status"], text, code="invalid_range", param="Range", headers=length)
+            elif refusal is None:
+                await send(message)
+
+        await super().__call__(scope, receive, send_unless_refused)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send)

@@ -8,7 +8,6 @@ from typing import Any
 from kadr.jobs.job import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job
 from kadr.jobs.live_job import LiveJob
 from kadr.server.auth import Client
-from kadr.server.errors import hide_paths
 from kadr.server.routes.drafts import settings_of
 from kadr.server.state import ServerState
 
@@ -50,7 +49,7 @@ def show_video(
         "prompt": job.request["prompt"],
         "seconds": format_seconds(labels["frames"] / labels["fps"]),
         "size": labels["size"],
-        "error": {"code": job.error.code, "message": hide_paths(job.error.message)} if job.error else None,
+        "error": {"code": job.error.code, "message": state.hide_paths(job.error.message)} if job.error else None,
         "remixed_from_video_id": labels["remixed_from"],
         "num_frames": labels["frames"],
         "fps": labels["fps"],
@@ -59,7 +58,7 @@ def show_video(
         "queue_position": position if job.status == QUEUED else None,
         **_show_live(live),
         "preview_url": _preview_address(state, job, live, base_url),
-        "notices": [hide_paths(notice) for notice in notices],
+        "notices": [state.hide_paths(notice) for notice in notices],
         **(_addresses(state, job, base_url) if job.status == COMPLETED else {"url": None, "thumbnail_url": None}),
         "inference_time_s": result.get("inference_seconds"),
         "priority": job.priority,

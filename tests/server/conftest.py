@@ -1,0 +1,41 @@
+"""Fixtures of the server's tests: applications in this process, and real servers in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.answers import MARKER
+from tests.server.opened_app import OpenedApp, open_app, some_tokens
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """Returns the event loop of the applications in this process."""
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder whose path must be in no answer."""
+    return tmp_path_factory.mktemp("server") / MARKER
+
+
+@pytest.fixture(scope="session")
+def app(data_folder: Path, loop: asyncio.AbstractEventLoop) -> Iterator[OpenedApp]:
+    """Returns an application with tokens, without workers."""
+    with open_app(data_folder / "named", loop, tokens=some_tokens()) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def local_app(data_folder: Path, loop: asyncio.AbstractEventLoop) -> Iterator[OpenedApp]:
+    """Returns an application without tokens, as on loopback, without workers."""
+    with open_app(data_folder / "local", loop) as opened:
+        yield opened
