@@ -25,7 +25,7 @@ from kadr.server.signed_urls import UrlSigner
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 OPEN_PATHS = ("/health/alive",)  # a container's health check has no token
 MAX_URL_BYTES = 8192
-MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 << 10  # of all of them
+MAX_HEADERS, MAX_HEADERS_BYTES = 100, 32 << 10  # of all of them
 MAX_LENGTH_DIGITS = 20
 BODY_SECONDS = 30.0  # without a byte of the body
 MIN_BYTES_PER_SECOND = 4096  # of a body, once those seconds are over
@@ -85,10 +85,10 @@ class Gate:
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
             raise ApiError(414, f"the address has more than {MAX_URL_BYTES} bytes.", code="address_too_long")
         num_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
-        if len(scope["headers"]) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
+        if len(scope["headers"]) > MAX_HEADERS or num_bytes > MAX_HEADERS_BYTES:
             raise ApiError(
                 431,
-                f"the request has more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES:,} bytes of them.",
+                f"the request has more than {MAX_HEADERS} headers, or more than {MAX_HEADERS_BYTES:,} bytes of them.",
                 code="headers_too_large",
             )
 

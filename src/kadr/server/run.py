@@ -29,11 +29,11 @@ from kadr.server.catalogue import Catalogue
 from kadr.server.connections import ConnectionLimits, allowed_connections, create_server
 from kadr.server.gate import GateRules
 from kadr.server.hidden_paths import PathHider
-from kadr.server.media_check import MediaChecker, MediaLimits
+from kadr.server.inputs.media_check import MediaChecker, MediaLimits
+from kadr.server.inputs.uploads import UploadLimits, UploadStore
 from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import DEFAULT_SECONDS, UrlSigner
 from kadr.server.state import ServerState
-from kadr.server.uploads import UploadLimits, UploadStore
 from kadr.spec.model_folders import ModelFolders
 
 BACKLOG = 1000  # connections that wait to be accepted

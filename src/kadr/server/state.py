@@ -11,13 +11,13 @@ from fastapi import Depends, Request
 
 from kadr.jobs.queue import JobQueue
 from kadr.server.auth import Client
-from kadr.server.body_memory import BodyMemory
 from kadr.server.catalogue import Catalogue
 from kadr.server.hidden_paths import PathHider
+from kadr.server.inputs.body_memory import BodyMemory
+from kadr.server.inputs.uploads import UploadStore
 from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import UrlSigner
 from kadr.server.stream_count import StreamCount
-from kadr.server.uploads import UploadStore
 
 PLANNING_THREADS = 4
 

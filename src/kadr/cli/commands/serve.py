@@ -99,8 +99,8 @@ def serve(
     from kadr.jobs.expiry import Retention
     from kadr.jobs.job import QueueLimits
     from kadr.jobs.supervisor import MIN_FREE_BYTES
+    from kadr.server.inputs.uploads import UploadLimits
     from kadr.server.run import ServerSettings
-    from kadr.server.uploads import UploadLimits
 
     if new_token is not None:
         _print_new_token(new_token, is_admin=admin)

@@ -15,7 +15,7 @@ from kadr.request.request import Request
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.server.auth import Client
 from kadr.server.errors import ApiError
-from kadr.server.media_sources import MediaSource, describe_source, find_source
+from kadr.server.inputs.media_sources import MediaSource, describe_source, find_source
 from kadr.server.schema import LoraReference, VideoSettings
 from kadr.server.state import ServerState
 

@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 from kadr.errors import KadrError
 from kadr.server import schema
 from kadr.server.auth import Client
-from kadr.server.bodies import content_type, read_body
 from kadr.server.errors import ApiError, envelope_responses
+from kadr.server.inputs.bodies import content_type, read_body
+from kadr.server.inputs.uploads import StoredUpload
 from kadr.server.state import Sender, ServerState, State
-from kadr.server.uploads import StoredUpload
 from kadr.version import __version__
 
 _ERRORS = envelope_responses(400, 401, 403, 404)

@@ -23,9 +23,9 @@ from kadr.quoting import show
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.server import schema
 from kadr.server.auth import Client
-from kadr.server.bodies import ParsedBody, check_body, read_body
 from kadr.server.errors import ApiError
-from kadr.server.media_sources import MediaSource, copy_sources, find_source, reference_id
+from kadr.server.inputs.bodies import ParsedBody, check_body, read_body
+from kadr.server.inputs.media_sources import MediaSource, copy_sources, find_source, reference_id
 from kadr.server.routes import documents
 from kadr.server.routes.drafts import Draft, build_draft, parse_seconds, remix_draft
 from kadr.server.routes.views import SPRITESHEET, THUMBNAIL, VIDEO, format_seconds, poll_after_ms, show_video

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ValidationError
 from kadr.json_reader import parse_json
 from kadr.quoting import quote, show
 from kadr.server.auth import Client
-from kadr.server.body_memory import BodyMemory
 from kadr.server.errors import ApiError, validation_error
-from kadr.server.form_fields import double_field, parse_fields
-from kadr.server.forms import Form, FormReader, read_urlencoded
-from kadr.server.uploads import IncomingUpload, UploadStore
+from kadr.server.inputs.body_memory import BodyMemory
+from kadr.server.inputs.form_reader import Form, FormReader, read_urlencoded
+from kadr.server.inputs.forms import double_field, parse_fields
+from kadr.server.inputs.uploads import IncomingUpload, UploadStore
 
 MAX_JSON_BYTES = 64 << 20  # data: URLs of images are in it
 MAX_JSON_VALUES = 200_000  # an empty list of two bytes takes 56 in memory
@@ -46,8 +46,8 @@ async def read_body(
         ApiError: it is too large, damaged, or of another type.
     """
     kind = content_type(request)
-    with memory.share(client.name) as count_bytes, ExitStack() as held:
-        body = ParsedBody({}, hold=held.enter_context)
+    with memory.share(client.name) as count_bytes, ExitStack() as stack:
+        body = ParsedBody({}, hold=stack.enter_context)
         if kind == "application/json":
             body.data = await _read_json(request, count_bytes)
         elif kind == "multipart/form-data":
@@ -111,8 +111,8 @@ async def _parse(text: bytes) -> Any:
 
 
 def _put_form(body: ParsedBody, form: Form) -> None:
-    """Puts the fields and files of a form into a body."""
-    body.data |= parse_fields(form.fields)
+    """Puts the parts of a form into a body."""
+    body.data = parse_fields(form.fields)
     for name, file in form.files:
         if name in body.files or name in body.data:
             raise double_field(name)

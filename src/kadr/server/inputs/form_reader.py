@@ -38,7 +38,7 @@ class Form:
 
 
 @dataclass
-class _Part:
+class _FormPart:
     name: str = ""
     is_file: bool = False
     file_name: bytes = b""
@@ -67,8 +67,8 @@ class FormReader:
             raise _damaged("its Content-Type has no boundary")
         self._open_file, self._count_bytes = open_file, count_bytes
         self._form, self._num_files, self._fields_bytes, self._is_over = Form(), 0, 0, False
-        self._part, self._headers, self._name, self._value, self._header_bytes = _Part(), {}, b"", b"", 0
-        self._writes: list[tuple[_Part, bytes]] = []
+        self._part, self._headers, self._name, self._value, self._header_bytes = _FormPart(), {}, b"", b"", 0
+        self._writes: list[tuple[_FormPart, bytes]] = []
         callbacks = {
             "on_part_begin": self._begin_part,
             "on_header_field": self._add_header_name,
@@ -105,7 +105,7 @@ class FormReader:
         raise _damaged("it ends before its last boundary")
 
     def _begin_part(self) -> None:
-        self._part, self._headers, self._header_bytes = _Part(), {}, 0
+        self._part, self._headers, self._header_bytes = _FormPart(), {}, 0
 
     def _add_header_name(self, data: bytes, start: int, end: int) -> None:
         self._name += data[start:end]

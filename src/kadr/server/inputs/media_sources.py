@@ -18,11 +18,11 @@ from kadr.jobs.job import COMPLETED, is_job_id
 from kadr.media.known_headers import KnownHeader
 from kadr.quoting import quote
 from kadr.server.auth import Client
-from kadr.server.bodies import ParsedBody
 from kadr.server.errors import ApiError
+from kadr.server.inputs.bodies import ParsedBody
+from kadr.server.inputs.uploads import decode_data_url, is_upload_id
 from kadr.server.schema import MediaReference
 from kadr.server.state import ServerState
-from kadr.server.uploads import decode_data_url, is_upload_id
 
 _FACTS = ("width", "height", "upright_width", "upright_height", "frames", "fps", "is_cut_off")
 

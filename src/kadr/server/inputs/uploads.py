@@ -27,7 +27,7 @@ from kadr.json_reader import parse_json
 from kadr.quoting import quote
 from kadr.regular_file import read_text
 from kadr.server.errors import ApiError
-from kadr.server.media_check import MediaChecker, sniff
+from kadr.server.inputs.media_check import MediaChecker, sniff
 
 UPLOAD_PREFIX, _ID_BYTES = "upload_", 16
 SIDECAR, MEDIA_STEM = "upload.json", "media"
@@ -198,12 +198,12 @@ class UploadStore:
             upload.num_bytes = total
             self._num_bytes[upload.owner] += num_bytes
 
-    def end(self, upload: IncomingUpload, kept: StoredUpload | None) -> None:
-        """Ends an upload's way in: it is `kept`, or all of it is removed."""
+    def end(self, upload: IncomingUpload, stored: StoredUpload | None) -> None:
+        """Ends an upload's way in: it is `stored`, or all of it is removed."""
         with self._lock:
             self._incoming.pop(upload.id, None)
-            if kept is not None:
-                self._stored[upload.id] = kept
+            if stored is not None:
+                self._stored[upload.id] = stored
                 return
             self._num_bytes[upload.owner] -= upload.num_bytes
         shutil.rmtree(upload.folder, ignore_errors=True)

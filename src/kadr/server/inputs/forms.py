@@ -1,4 +1,4 @@
-"""Reads the fields of forms as objects: a[b] is b of the object a, a[] an entry of the list a, as clients write it.
+"""Reads the fields of a form as an object: a[b] is b of the object a, a[] an entry of the list a, as clients write it.
 
 A list of objects is written as a[][b] and a[][c]. Some clients send all b before all c, others one object after the
 other: either way the n-th b and the n-th c are of the n-th object, if there are as many of each.

@@ -1,0 +1,1 @@
+"""Bodies and uploads that clients send, and the media that requests name."""
