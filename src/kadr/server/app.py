@@ -27,6 +27,7 @@ def create_app(state: ServerState, rules: GateRules) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.server, app.state.log = state, state.log

@@ -136,8 +136,8 @@ class Gate:
         scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         if scheme.lower() == "bearer" and (client := rules.tokens.find(token.strip())) is not None:
             return client
-        if scope["method"] in ("GET", "HEAD") and not authorization:
-            if rules.signer.is_valid(path, scope["query_string"]):
+        if scope["method"] in ("GET", "HEAD"):
+            if not authorization and rules.signer.is_valid(path, scope["query_string"]):
                 return Client(is_admin=True)  # of this one path: the signature was given to who may see it
             if path in OPEN_PATHS:
                 return Client()

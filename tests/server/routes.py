@@ -1,0 +1,34 @@
+"""All routes of the application, as it has them."""
+
+from __future__ import annotations
+
+from fastapi.routing import APIRoute
+
+from kadr.server.routes import events, system, videos
+
+OPEN_ROUTES = {("GET", "/health/alive")}
+ADMIN_ROUTES = {("POST", "/v1/queue/pause"), ("POST", "/v1/queue/resume"), ("GET", "/metrics")}
+UNKNOWN_VIDEO = "video_" + 32 * "0"
+UNKNOWN_UPLOAD = "upload_" + 32 * "0"
+_UNKNOWN = {"{video_id}": UNKNOWN_VIDEO, "{upload_id}": UNKNOWN_UPLOAD, "{name:path}": "nothing"}
+
+
+def all_routes() -> list[tuple[str, str]]:
+    """Returns method and path of every route."""
+    routes = [route for module in (videos, events, system) for route in module.router.routes]
+    assert all(isinstance(route, APIRoute) for route in routes)
+    found = [(method, route.path) for route in routes for method in sorted(route.methods)]
+    return [*found, ("GET", "/openapi.json")]
+
+
+def fill(path: str, video_id: str = UNKNOWN_VIDEO) -> str:
+    """Returns the address of a route, with ids of things that are not there, or with this video's."""
+    for name, value in {**_UNKNOWN, "{video_id}": video_id}.items():
+        path = path.replace(name, value)
+    assert "{" not in path
+    return path
+
+
+ROUTES = all_routes()
+VIDEO_ROUTES = [route for route in ROUTES if "{video_id}" in route[1]]
+CHANGING_ROUTES = [route for route in ROUTES if route[0] != "GET"]
