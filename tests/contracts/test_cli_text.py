@@ -17,7 +17,7 @@ from kadr.cli.main import app
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _MODEL = """--model --release --config --upscaler --second-model --text-encoder --vae --models-dir --lora --lora-partial
-    --merge-loras --device --dtype --no-prompt-cache --quant --compile --offload"""
+    --merge-loras --dtype --no-prompt-cache --quant --compile --offload --device"""
 _REST = """--image --video --control --input-video --denoise-strength --image-noise --image-crf --steps --sigmas
     --skip-initial --skip-final --sampler --cache --cache-threshold --cache-interval --guidance --guidance-sigmas
     --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch
@@ -30,6 +30,8 @@ VERBS = {
         --save-latents {_MODEL} {_REST}""",
     "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json --calibrate
         {_MODEL} {_REST}""",
+    "batch": f"""FILE --out --retry-failed --dry-run --json --size --frames --seconds --fps --seed --negative-prompt
+        {_WINDOWS} {_MODEL} {_REST}""",
     "rerun": "FILE --output --seed --model --release --device --resume --json",
     "inspect": "NAME|PATH --release --models-dir --json",
     "train-lora": """DIR --model --release --output --size --frames --rank --target-modules --steps --batch-size

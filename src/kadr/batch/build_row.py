@@ -8,20 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kadr.batch.field_names import (
-    CONTROL,
-    HEIGHT,
-    IMAGE,
-    LORA,
-    LORAS,
-    MODEL,
-    OUTPUT,
-    REQUEST_FIELDS,
-    SECONDS,
-    VIDEO,
-    WIDTH,
-    refuse_unknown_fields,
-)
+from kadr.batch.field_names import REQUEST_FIELDS, refuse_unknown_fields
 from kadr.batch.outcome import RowOutcome, invalid_row
 from kadr.batch.output_names import check_output_name, fold_name
 from kadr.batch.row import BatchRow, key_rows
@@ -40,7 +27,7 @@ _INSTEAD = {
     "steps": ("sigmas",),
     "skip_initial": ("sigmas",),
     "skip_final": ("sigmas",),
-    SECONDS: ("frames",),
+    "seconds": ("frames",),
 }
 _OF_ONE_MODEL = ("release", "vae", "second_model")  # arguments of `Engine.open` that suit one model alone
 _TEXTS = ("prompt", "negative_prompt")
@@ -48,7 +35,7 @@ _TEXTS = ("prompt", "negative_prompt")
 
 @dataclass(frozen=True)
 class RowDefaults:
-    """What holds for all rows that do not say otherwise.
+    """Settings of all rows that do not say otherwise.
 
     Args:
         request: its prompt does not count.
@@ -109,7 +96,7 @@ def build_row(table_row: TableRow, defaults: RowDefaults, folder: Path) -> Batch
     _refuse_bad_text(fields)
     if "prompt" not in fields:
         raise RequestError("it has no prompt. Say what to show.")
-    loras = _loras(fields, folder) if LORA in fields or LORAS in fields else list(defaults.loras)
+    loras = _loras(fields, folder) if "lora" in fields or "loras" in fields else list(defaults.loras)
     request_data = {**_defaults_for(fields, defaults), **_request_fields(fields)}
     engine = _engine(fields, defaults, folder)
     if loras and engine.get("merge_loras"):
@@ -123,7 +110,7 @@ def build_row(table_row: TableRow, defaults: RowDefaults, folder: Path) -> Batch
         request=with_media_in(Request.from_json(request_data), folder),
         engine=engine,
         seconds=_seconds(fields, defaults),
-        output=None if OUTPUT not in fields else check_output_name(fields[OUTPUT]),
+        output=None if "output" not in fields else check_output_name(fields["output"]),
     )
 
 
@@ -153,17 +140,17 @@ def _request_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     data = {name: value for name, value in fields.items() if name in REQUEST_FIELDS or name == REQUEST.key}
     conditions = [
         *_items("conditions", fields),
-        *_items(IMAGE, fields),
-        *({"is_clip": True, **item} for item in _items(VIDEO, fields)),
+        *_items("image", fields),
+        *({"is_clip": True, **item} for item in _items("video", fields)),
     ]
-    controls = [*_items("controls", fields), *_items(CONTROL, fields)]
-    if {"conditions", IMAGE, VIDEO} & fields.keys():
+    controls = [*_items("controls", fields), *_items("control", fields)]
+    if {"conditions", "image", "video"} & fields.keys():
         data["conditions"] = conditions
-    if {"controls", CONTROL} & fields.keys():
+    if {"controls", "control"} & fields.keys():
         data["controls"] = controls
     if isinstance(path := fields.get("input_video"), str):
         data["input_video"] = str(expand_home(path))
-    if WIDTH in fields or HEIGHT in fields:
+    if "width" in fields or "height" in fields:
         data["size"] = _size(fields)
     return data
 
@@ -184,27 +171,27 @@ def _items(name: str, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _size(fields: Mapping[str, Any]) -> str:
-    if "size" in fields or WIDTH not in fields or HEIGHT not in fields:
-        raise RequestError(f"give size, or {WIDTH} with {HEIGHT}.")
-    return f"{fields[WIDTH]}x{fields[HEIGHT]}"
+    if "size" in fields or "width" not in fields or "height" not in fields:
+        raise RequestError("give size, or width with height.")
+    return f"{fields['width']}x{fields['height']}"
 
 
 def _seconds(fields: Mapping[str, Any], defaults: RowDefaults) -> float | None:
-    if SECONDS not in fields:
+    if "seconds" not in fields:
         return None if "frames" in fields else defaults.seconds
     if "frames" in fields:
-        raise RequestError(f"give frames or {SECONDS}, not both.")
-    if not is_number(fields[SECONDS]) or fields[SECONDS] <= 0:
-        raise RequestError(f"{SECONDS} is {quote(fields[SECONDS])}; it must be a number above 0.")
-    return float(fields[SECONDS])
+        raise RequestError("give frames or seconds, not both.")
+    if not is_number(fields["seconds"]) or fields["seconds"] <= 0:
+        raise RequestError(f"seconds is {quote(fields['seconds'])}; it must be a number above 0.")
+    return float(fields["seconds"])
 
 
 def _loras(fields: Mapping[str, Any], folder: Path) -> list[Lora]:
-    if LORA in fields and LORAS in fields:
-        raise RequestError(f"give {LORA} or {LORAS}, not both.")
-    values = [fields[LORA]] if LORA in fields else fields[LORAS]
+    if "lora" in fields and "loras" in fields:
+        raise RequestError("give lora or loras, not both.")
+    values = [fields["lora"]] if "lora" in fields else fields["loras"]
     if not isinstance(values, list):
-        raise RequestError(f"{LORAS} is {quote(values)}; it must be a list. For a single one, give {LORA}.")
+        raise RequestError(f"loras is {quote(values)}; it must be a list. For a single one, give lora.")
     loras = [
         Lora(**check_fields(Lora, value, "a LoRA")) if isinstance(value, Mapping) else Lora.parse(value)
         for value in values
@@ -214,11 +201,11 @@ def _loras(fields: Mapping[str, Any], folder: Path) -> list[Lora]:
 
 def _engine(fields: Mapping[str, Any], defaults: RowDefaults, folder: Path) -> dict[str, Any]:
     """Returns what tells the model of a row, but for its LoRAs: the default one, or its own without what suits that."""
-    if MODEL not in fields:
+    if "model" not in fields:
         return dict(defaults.engine)
-    if not isinstance(model := fields[MODEL], str) or not model:
-        raise RequestError(f"{MODEL} is {quote(model)}; it must be a name of `kadr models`, or a path.")
-    check_path(MODEL, model)
+    if not isinstance(model := fields["model"], str) or not model:
+        raise RequestError(f"model is {quote(model)}; it must be a name of `kadr models`, or a path.")
+    check_path("model", model)
     engine = {name: value for name, value in defaults.engine.items() if name not in _OF_ONE_MODEL}
     return {**engine, "model": _find_beside(model, folder), **({"recipe": None} if defaults.has_recipe else {})}
 

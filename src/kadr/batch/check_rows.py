@@ -12,7 +12,7 @@ from kadr.batch.row import BatchRow
 from kadr.cancellation import check_cancelled
 from kadr.errors import Cancelled, KadrError, KadrWarning
 from kadr.jobs.job import canonical_json
-from kadr.request.media_files import refuse_missing_media
+from kadr.request.request import refuse_missing_media
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine

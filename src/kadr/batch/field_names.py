@@ -12,13 +12,11 @@ from kadr.request.request import Request
 from kadr.schema import REQUEST
 
 REQUEST_FIELDS = tuple(field.name for field in fields(Request))
-IMAGE, VIDEO, CONTROL, LORA, LORAS = "image", "video", "control", "lora", "loras"
-MODEL, OUTPUT, SECONDS, WIDTH, HEIGHT = "model", "output", "seconds", "width", "height"
-ROW_FIELDS = (MODEL, LORA, LORAS, IMAGE, VIDEO, CONTROL, SECONDS, WIDTH, HEIGHT, OUTPUT)
+ROW_FIELDS = ("model", "lora", "loras", "image", "video", "control", "seconds", "width", "height", "output")
 FIELDS = (*REQUEST_FIELDS, *ROW_FIELDS, REQUEST.key)
 # In a cell of a .csv, which is JSON otherwise.
-TEXT_FIELDS = ("prompt", "negative_prompt", "original_prompt", "size", "sampler", "input_video", MODEL, OUTPUT)
-STRUCTURE_OR_TEXT_FIELDS = (IMAGE, VIDEO, CONTROL, LORA)
+TEXT_FIELDS = ("prompt", "negative_prompt", "original_prompt", "size", "sampler", "input_video", "model", "output")
+STRUCTURE_OR_TEXT_FIELDS = ("image", "video", "control", "lora")
 
 
 def refuse_unknown_fields(names: Iterable[str]) -> None:

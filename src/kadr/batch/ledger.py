@@ -1,4 +1,4 @@
-"""`Ledger`: what became of each row, from the queue's jobs and the videos in the folder; submits what is missing."""
+"""`Ledger`: the outcome of each row, from the queue's jobs and the videos in the folder; submits what is missing."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from kadr.jobs.job import (
     CANCELLED,
     COMPLETED,
     DATABASE_LOST,
+    DISK_FULL,
     FAILED,
     SERVER_LOST,
+    STORAGE,
     Job,
     NewJob,
     canonical_json,
 )
 from kadr.jobs.store import MAX_PAGE, JobStore
-from kadr.jobs.worker import DISK_FULL
 from kadr.schema import BATCH_ROW
 
-KEY, OUTPUT, WORK = "key", "output", "work"  # labels of a job
+KEY_LABEL, OUTPUT_LABEL, WORK_LABEL = "key", "output", "work"  # of a job
 # Failures that say nothing of the row: the process ended, the database was lost, the disk was full.
-_NOT_OF_THE_ROW = (CANCELLED, SERVER_LOST, DATABASE_LOST, DISK_FULL)
+_NOT_OF_THE_ROW = (CANCELLED, SERVER_LOST, DATABASE_LOST, DISK_FULL, STORAGE)
 
 
 class Ledger:
@@ -63,7 +64,7 @@ class Ledger:
         self.waiting: dict[str, BatchRow] = {}
         self.pending: deque[BatchRow] = deque()
         jobs = _jobs_by_key(store)
-        self._names = OutputNames(folder, [job.labels[OUTPUT] for job in jobs.values()], len(outcomes))
+        self._names = OutputNames(folder, [job.labels[OUTPUT_LABEL] for job in jobs.values()], len(outcomes))
         self._earlier_names: dict[str, str] = {}  # by key, of jobs that are made again
         self._output_names: dict[int, str] = {}  # by number, of pending rows
         for key in jobs.keys() - {row.key for row in rows}:
@@ -106,7 +107,9 @@ class Ledger:
             StorageError: see `JobStore.submit`.
         """
         row = self.pending.popleft()
-        labels = BATCH_ROW.stamp({KEY: row.key, OUTPUT: self._output_names[row.number], WORK: row.work})
+        labels = BATCH_ROW.stamp(
+            {KEY_LABEL: row.key, OUTPUT_LABEL: self._output_names[row.number], WORK_LABEL: row.work}
+        )
         new_job = NewJob(request=row.request.to_json(), engine=row.engine, labels=labels)
         job = self.store.submit(new_job, idempotency_key=row.key)
         self.waiting[job.id] = row
@@ -130,7 +133,7 @@ class Ledger:
         job_folder = self.store.folders.path(job.id)
         name = find_published(job_folder)
         if name is None:
-            name = publish(job_folder, self.folder, job.labels[OUTPUT], self._names.take_numbered)
+            name = publish(job_folder, self.folder, job.labels[OUTPUT_LABEL], self._names.take_numbered)
         result: Mapping[str, Any] = job.result or {}
         return replace(
             _outcome_of(row),
@@ -147,9 +150,9 @@ class Ledger:
         elif job.status == FAILED and not retries_failed and job.error and job.error.code not in _NOT_OF_THE_ROW:
             self.outcomes[row.number] = replace(_outcome_of(row), status=FAILED, error=job.error)
         elif not job.is_finished and _is_same(row, job):
-            self.waiting[job.id] = replace(row, work=job.labels[WORK])
+            self.waiting[job.id] = replace(row, work=job.labels[WORK_LABEL])
         else:  # to be made again: its video is gone, or it failed, or its files lie elsewhere now
-            self._earlier_names[row.key] = job.labels[OUTPUT]
+            self._earlier_names[row.key] = job.labels[OUTPUT_LABEL]
             self.store.delete(job.id)
             self.pending.append(row)
 
@@ -170,8 +173,9 @@ def _outcome_of(row: BatchRow) -> RowOutcome:
 
 
 def _jobs_by_key(store: JobStore) -> dict[str, Job]:
-    """Returns the jobs of all rows that the queue has, by their keys."""
-    return {BATCH_ROW.upgrade(job.labels)[KEY]: job for job in _all_jobs(store)}
+    """Returns the jobs of all rows that the queue has, by their keys; one restored without its labels is no row's."""
+    labels = ((BATCH_ROW.upgrade(job.labels), job) for job in _all_jobs(store))
+    return {of_job[KEY_LABEL]: job for of_job, job in labels if KEY_LABEL in of_job}
 
 
 def _is_same(row: BatchRow, job: Job) -> bool:

@@ -1,4 +1,4 @@
-"""What became of each row of a batch, and the manifest that says so: results.jsonl, a line for each row."""
+"""Outcomes of the rows of a batch, and the manifest that lists them: results.jsonl, a line for each row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INVALID_ROW = "invalid_row"  # code of a row that cannot be made as it is writte
 
 @dataclass(frozen=True, kw_only=True)
 class RowOutcome:
-    """What became of a row.
+    """The outcome of a row.
 
     Args:
         number, line: see `TableRow`.

@@ -14,7 +14,7 @@ from kadr.file_names import is_allowed_name
 from kadr.quoting import quote
 from kadr.validation import MAX_NAME_BYTES
 
-SUFFIX = ".mp4"
+VIDEO_SUFFIX = ".mp4"
 _MIN_DIGITS = 3  # of a row's number
 _MAX_WORDS, _MAX_WORDS_BYTES = 40, 160  # characters and bytes of a prompt in a name
 _MAX_OUTPUT_BYTES = MAX_NAME_BYTES - 16  # a number may have to follow
@@ -27,15 +27,15 @@ def check_output_name(value: Any) -> str:
         RequestError: it is no plain name of an .mp4, or one that this system does not allow.
     """
     if not isinstance(value, str) or not value.strip():
-        raise RequestError(f"output is {quote(value)}; it must be the name of a file, such as clip{SUFFIX}.")
-    name = value if value.lower().endswith(SUFFIX) else f"{value}{SUFFIX}"
+        raise RequestError(f"output is {quote(value)}; it must be the name of a file, such as clip{VIDEO_SUFFIX}.")
+    name = value if value.lower().endswith(VIDEO_SUFFIX) else f"{value}{VIDEO_SUFFIX}"
     if set(value) & set("/\\:") or value.startswith(".") or not value.isprintable():
         raise RequestError(
-            f"output is {quote(value)}; it must be a plain name, such as clip{SUFFIX}: every video lies in the folder "
-            "of --out itself."
+            f"output is {quote(value)}; it must be a plain name, such as clip{VIDEO_SUFFIX}: every video lies in the "
+            "folder of --out itself."
         )
-    if "." in value and not value.lower().endswith(SUFFIX):
-        raise RequestError(f"output is {quote(value)}; a video is an {SUFFIX}. Name it {quote(name)}.")
+    if "." in value and not value.lower().endswith(VIDEO_SUFFIX):
+        raise RequestError(f"output is {quote(value)}; a video is an {VIDEO_SUFFIX}. Name it {quote(name)}.")
     if len(name.encode()) > _MAX_OUTPUT_BYTES:
         raise RequestError(f"output is {quote(value)}; a name has at most {_MAX_OUTPUT_BYTES} bytes.")
     if not is_allowed_name(name):
@@ -76,7 +76,7 @@ class OutputNames:
             return row.output
         words = prompt_words(row.request.prompt)
         stem = f"{row.number:0{self._digits}}" + (f"-{words}" if words else "")
-        return self.take_numbered(f"{stem}{SUFFIX}")
+        return self.take_numbered(f"{stem}{VIDEO_SUFFIX}")
 
     def take_numbered(self, name: str) -> str:
         """Returns a name, or the first free one of name-2, name-3, ..."""
@@ -92,9 +92,9 @@ class OutputNames:
 def prompt_words(prompt: str) -> str:
     """Returns the first words of a prompt as part of a name: letters and digits of any script, joined by dashes."""
     text = unicodedata.normalize("NFC", prompt[: 4 * _MAX_WORDS]).lower()
-    kept = "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in text)
+    letters = "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in text)
     words = ""
-    for word in kept.split():
+    for word in letters.split():
         longer = f"{words}-{word}" if words else word[:_MAX_WORDS]  # a sentence of some scripts has no spaces
         if len(longer) > _MAX_WORDS or len(longer.encode()) > _MAX_WORDS_BYTES:
             break

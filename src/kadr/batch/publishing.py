@@ -17,8 +17,7 @@ from kadr.jobs.folders import OUTPUT_FOLDER
 from kadr.json_reader import parse_json
 from kadr.regular_file import read_text
 
-_RECORD = "published.json"  # in the job's folder
-_FILE = "file"  # in the record: the name of the video
+_RECORD = "published.json"  # in the job's folder: the name of the file
 
 
 def find_published(job_folder: Path) -> str | None:
@@ -59,7 +58,7 @@ def _reserve(job_folder: Path, folder: Path, name: str, another_name: Callable[[
     while True:
         if _read_record(job_folder) == name and _is_empty(folder / name):
             return name
-        write_json(job_folder / _RECORD, {_FILE: name}, fsync=True)
+        write_json(job_folder / _RECORD, {"file": name}, fsync=True)
         try:
             with open(folder / name, "xb"):
                 return name
@@ -77,7 +76,7 @@ def _is_empty(path: Path) -> bool:
 
 def _read_record(job_folder: Path) -> str | None:
     try:
-        name = parse_json(read_text(job_folder / _RECORD)).get(_FILE)
+        name = parse_json(read_text(job_folder / _RECORD)).get("file")
     except (OSError, ValueError, AttributeError):
         return None
     return name if isinstance(name, str) else None

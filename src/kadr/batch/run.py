@@ -51,7 +51,7 @@ class BatchWatch(Protocol):
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of a batch.
+    """The outcome of a batch.
 
     Args:
         outcomes: of all rows, in the order of the file.

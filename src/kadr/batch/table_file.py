@@ -17,7 +17,7 @@ from kadr.errors import RequestError
 from kadr.json_reader import parse_json
 from kadr.quoting import quote, show
 from kadr.regular_file import open_regular
-from kadr.request.prompt_lines import iterate_lines, iterate_prompt_lines
+from kadr.text.prompt_lines import iterate_lines, iterate_prompt_lines
 from kadr.validation import check_path
 
 MAX_FILE_BYTES = 64 << 20

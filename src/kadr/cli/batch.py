@@ -33,7 +33,7 @@ from kadr.cli.terminal.errors import print_stdout
 from kadr.cli.terminal.output import print_path
 from kadr.errors import KadrError, MediaError, RequestError
 from kadr.jobs.engine_maker import EngineMaker
-from kadr.request.media_files import refuse_missing_media
+from kadr.request.request import refuse_missing_media
 from kadr.spec.lora import Lora
 from kadr.validation import check_path, expand_home, is_same_file
 

@@ -11,7 +11,7 @@ from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import RequestError
 from kadr.quoting import quote
 from kadr.regular_file import open_regular
-from kadr.request.prompt_lines import COMMENT, iterate_prompt_lines
+from kadr.text.prompt_lines import COMMENT, iterate_prompt_lines
 from kadr.validation import check_path, expand_home
 
 STDIN = "-"  # as PROMPT: its lines are the prompts

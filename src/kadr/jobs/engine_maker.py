@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kadr.cancellation import CancelToken
-from kadr.errors import KadrError, KadrWarning
+from kadr.errors import KadrError, KadrWarning, RequestError
+from kadr.file_names import replace_file
 from kadr.jobs.job import canonical_json
 from kadr.jobs.stills import encode_preview, write_stills
+from kadr.media.writer import PARTIAL_PATTERN
 from kadr.pipeline.progress import Progress
 from kadr.planning.plan import Plan
 from kadr.request.request import Request
+from kadr.request.windows import window_folder_path
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
@@ -103,17 +108,21 @@ class EngineMaker:
             engine = self._open(task.engine)
             request = with_media_in(Request.from_json(task.request), task.folder)
             task.output.mkdir(parents=True, exist_ok=True)
-            video = engine.write(
+            write = partial(
+                engine.write,
                 request,
-                task.output / VIDEO_FILE,
                 watch=_Watcher(report, self.previews),
                 preview=self.previews,
                 on_plan=lambda plan: report("plan", describe_plan(plan)),
                 cancel=token,
                 stores_paths=self.stores_paths,
             )
+            if request.windows is None:
+                video = write(task.output / VIDEO_FILE)
+            else:
+                video = _write_windows(write, task, report)
             if self.writes_stills:
-                write_stills(video.path, task.output / THUMBNAIL_FILE, task.output / SPRITESHEET_FILE)
+                write_stills(task.output / VIDEO_FILE, task.output / THUMBNAIL_FILE, task.output / SPRITESHEET_FILE)
         return describe_video(video, engine, began)
 
     def _open(self, options: Mapping[str, Any]) -> Engine:
@@ -140,6 +149,31 @@ class _Watcher:
         if (frames := progress.preview) is not None:
             self._report("preview", encode_preview(frames, PREVIEW_SECONDS))
             self._next_preview_at = time.monotonic() + SECONDS_BETWEEN_PREVIEWS
+
+
+def _write_windows(write: Callable[..., VideoFile], task: Task, report: Report) -> VideoFile:
+    """Writes a long video, from the finished windows of an earlier attempt if there are any.
+
+    It is written in the job's folder, where the windows stay when a worker dies; what an attempt has in its own goes.
+
+    Args:
+        write: `Engine.write` of the request.
+    """
+    path = task.folder / VIDEO_FILE
+    windows = window_folder_path(path)
+    for leftover in task.folder.glob(PARTIAL_PATTERN):
+        leftover.unlink()
+    has_windows = windows.is_dir() and any(windows.iterdir())
+    try:
+        video = write(path, resume=has_windows)
+    except RequestError as error:
+        if not has_windows:
+            raise
+        report("notice", f"The windows of an earlier attempt cannot be used, and are made again: {error}")
+        shutil.rmtree(windows)
+        video = write(path)
+    replace_file(path, task.output / VIDEO_FILE)
+    return video
 
 
 def with_media_in(request: Request, folder: Path) -> Request:

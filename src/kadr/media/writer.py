@@ -36,6 +36,8 @@ DEFAULT_CRF = 18  # visually lossless for most eyes
 MAX_CRF = 51  # of 8-bit H.264
 MAX_FILE_FPS = 1000
 
+PARTIAL_PATTERN = ".kadr-*.part.mp4"  # names of hidden files, of which a killed process leaves one
+
 COMMENT_KEY = "kadr"  # the comment tag is {"kadr": request}, so that no other program's JSON is taken for a request
 _BT709 = 1  # the same number in FFmpeg's enums of matrices, primaries and transfer curves
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
@@ -84,7 +86,7 @@ class VideoWriter:
             raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAX_CRF}.")
         self._metadata = metadata if callable(metadata) or metadata is None else lambda: metadata
         self._comment = self._build_comment()
-        self._partial = self.path.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")
+        self._partial = self.path.with_name(_partial_name())
         self._registration = ExitStack()  # of the hidden file, for a process that ends at once
 
     def __enter__(self) -> VideoWriter:
@@ -185,7 +187,7 @@ class VideoWriter:
         """Copies the finished file with another comment tag; no frame is encoded again."""
         import av
 
-        copy = self._partial.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")
+        copy = self._partial.with_name(_partial_name())
         try:
             with (
                 av.open(str(self._partial.absolute())) as source,
@@ -240,6 +242,10 @@ def _repeatable_options() -> dict[str, str]:
     import torch  # loaded already by whoever has frames to write
 
     return {"x264-params": "asm=avx2"} if torch.cpu._is_avx512_supported() else {}
+
+
+def _partial_name() -> str:
+    return PARTIAL_PATTERN.replace("*", secrets.token_hex(6))
 
 
 def _take_name(partial: Path, path: Path) -> None:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kadr.errors import RequestError
+from kadr.errors import MediaError, RequestError
 from kadr.quoting import quote
+from kadr.regular_file import NotRegularFileError, require_regular
 from kadr.request.inputs import Condition, Control, as_tuple_of
 from kadr.request.windows import Windows, split_prompts
 from kadr.sampling.settings import MAX_STEPS, Guidance, Pass, check_sampler, parse_sigmas
@@ -279,3 +280,21 @@ def refuse_overwriting(request: Request, output: Path) -> None:
                 f"{output} is an input of the video: it would be overwritten, and the video could not be made again. "
                 "Name another --output."
             )
+
+
+def refuse_missing_media(request: Request) -> None:
+    """Refuses images and clips that do not exist or are not regular files, before anything is loaded or fetched.
+
+    Raises:
+        MediaError: names them.
+    """
+    for path in request.media_paths():
+        try:
+            require_regular(path)
+        except NotRegularFileError as error:
+            raise MediaError(f"{path} cannot be read: {error}.") from error
+        except OSError:
+            continue  # named below, with all the others
+    absent = list(dict.fromkeys(str(path) for path in request.media_paths() if not path.is_file()))
+    if absent:
+        raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the image or clip.")

@@ -18,7 +18,7 @@ from kadr.cli.flags.request import (
 from kadr.cli.series import SeriesWriter, build_series, print_dry_runs, read_prompts
 from kadr.cli.series_output import reserve_outputs
 from kadr.cli.terminal.daily_notice import print_daily
-from kadr.request.media_files import refuse_missing_media
+from kadr.request.request import refuse_missing_media
 
 DEMO_NOTICE = (
     "No --model is named, so the bundled demo draws this: one coloured shape that moves, grows or stands still on a "

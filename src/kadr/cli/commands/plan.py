@@ -17,7 +17,7 @@ from kadr.cli.flags.request import (
 )
 from kadr.cli.terminal.errors import print_stdout
 from kadr.cli.terminal.output import print_lines
-from kadr.request.media_files import refuse_missing_media
+from kadr.request.request import refuse_missing_media
 
 PLAN_EPILOG = "The flags are those of `kadr generate`. Nothing is loaded or fetched: the model need not be on disk."
 

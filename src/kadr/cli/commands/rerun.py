@@ -15,8 +15,7 @@ from kadr.cli.output_path import reserve_output
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import CheckpointError, MediaError
 from kadr.quoting import quote, show
-from kadr.request.media_files import refuse_missing_media
-from kadr.request.request import Request
+from kadr.request.request import Request, refuse_missing_media
 from kadr.schema import upgrade_video_metadata
 from kadr.spec.locate import find_release_on_disk
 from kadr.validation import is_number, is_path_or_none

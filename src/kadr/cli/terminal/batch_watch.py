@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kadr.batch.row import BatchRow
     from kadr.batch.run import BatchWatch
 
-SECONDS_BETWEEN_LINES = 30.0  # about a row that takes long, without a terminal
+SECONDS_BETWEEN_STAGE_LINES = 30.0  # about a row that takes long, without a terminal
 MAX_FAILURES_SHOWN = 100  # the manifest has all
 
 
@@ -45,7 +45,7 @@ class LineWatch:
         self._failures = 0
 
     def show_progress(self, progress: BatchProgress, row: BatchRow | None, stage: Mapping[str, Any]) -> None:
-        if row is not None and self._clock() - self._last >= SECONDS_BETWEEN_LINES:
+        if row is not None and self._clock() - self._last >= SECONDS_BETWEEN_STAGE_LINES:
             self._last = self._clock()
             print_stderr(f"row {row.number}: {_stage(stage)}; {_counts(progress)}")
 
