@@ -291,3 +291,20 @@ def test_aiperf_requests_are_understood(client: httpx2.Client) -> None:
     assert (content.status_code, content.headers["content-type"], content.content[4:8]) == (200, "video/mp4", b"ftyp")
     form = {key: str(value) for key, value in body.items()}
     assert answer_of(client.post("/v1/videos", files={key: (None, value) for key, value in form.items()}))["seed"] == 1
+
+
+def test_video_in_progress_has_a_preview_that_moves(server: ServerProcess) -> None:
+    with server.client() as client:
+        video = create_video(client, size="128x128", num_frames=49, num_inference_steps=24)
+        while (now := answer_of(client.get(f"/v1/videos/{video['id']}")))["preview_url"] is None:
+            assert now["status"] in ("queued", "in_progress"), now
+            time.sleep(0.05)
+        by_url, by_path = client.get(now["preview_url"]), client.get(f"/v1/videos/{video['id']}/preview")
+        answer_of(client.post(f"/v1/videos/{video['id']}/cancel"))
+        cancelled = wait_until_finished(client, video["id"])[-1]
+        assert cancelled["preview_url"] is None
+        assert client.get(f"/v1/videos/{video['id']}/preview").json()["error"]["code"] == "preview_not_found"
+    for answer in (by_url, by_path):
+        assert answer.headers["content-type"] == "image/webp"
+        image = Image.open(io.BytesIO(answer.content))
+        assert (image.size, image.n_frames) == ((32, 32), 7)
