@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import warnings
@@ -401,6 +402,31 @@ def test_an_unexpected_error_asks_for_a_report_and_can_show_its_traceback(
     assert "Traceback" not in result.err
     monkeypatch.setenv("KADR_DEBUG", "1")
     assert "Traceback" in kadr("generate", PROMPT).err
+
+
+def test_library_that_cannot_be_imported_is_named(
+    kadr: Run, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_library.py").write_text("import a_library_inside")
+    (tmp_path / "a_library_inside.py").write_text("import os\nfloat(os.environ['A_SETTING'])")
+    monkeypatch.setenv("A_SETTING", "high")
+    engine.on_half_written = lambda: importlib.import_module("a_library")
+    result = kadr("generate", PROMPT)
+    assert result.code == 1
+    assert "error: a_library cannot be imported: ValueError: could not convert string to float: 'high'" in result.err
+    assert "bug" not in result.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that a process is in")
+def test_removed_working_folder_is_explained(kadr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = kadr("plan", PROMPT)
+    monkeypatch.chdir(tmp_path)
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "error: the current folder was removed. Change to one that exists.\n"
 
 
 def test_out_of_memory_is_not_reported_as_a_bug(kadr: Run, engine: FakeEngine) -> None:

@@ -115,6 +115,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
         "of files open for writing; of folders not on Windows; of one open for reading only if os has posix_fadvise",
         {"atomic_write.py", "jobs/folders.py", "planning/calibration/rates.py"},
     ),
+    "os.getcwd": ("exists everywhere; its error is explained", {"cli/terminal/errors.py"}),
     "os.getloadavg": ("only if os has it, which it has not on Windows", {"bench/machine.py"}),
     "os.link": ("OSError means a copy instead", {"server/inputs/media_sources.py"}),
     "os.lstat": ("only for the size of a file", {"jobs/folders.py"}),

@@ -92,6 +92,16 @@ def test_an_avif_image_is_read(tmp_path):
     assert np.abs(np.asarray(load_image(path)).astype(int) - pixels).mean() < 6
 
 
+def test_a_damaged_avif_image_is_refused(tmp_path):
+    path = tmp_path / "image.avif"
+    Image.fromarray(photograph(64, 48)).save(path)
+    content = path.read_bytes()
+    start = content.index(b"mdat")
+    path.write_bytes(content[: start + 8] + bytes(len(content) - start - 8))
+    with pytest.raises(MediaError, match=r"image\.avif cannot be read as an image: Failed to decode"):
+        load_image(path)
+
+
 def write_16_bit_png(path: Path, values: np.ndarray) -> None:
     """Writes uint16 (H, W, channels), which Pillow cannot write in colour."""
     height, width, channels = values.shape

@@ -286,6 +286,23 @@ def test_rules_that_make_a_text_longer_are_refused(tmp_path, rule, kind):
         Tokenizer.open(tmp_path)
 
 
+UNIGRAM = {"type": "Unigram", "unk_id": 2, "vocab": [["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["red", -1]]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # the library panics when it opens it
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # and here when it encodes
+        {"model": {**UNIGRAM, "unk_id": None}},
+    ],
+)
+def test_file_on_which_the_library_fails_is_refused(tmp_path, change):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": UNIGRAM, **change}))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json .* is not a tokenizer of the tokenizers library"):
+        Tokenizer.open(tmp_path).encode("a blue circle")
+
+
 def test_the_tokenizer_of_another_family_is_refused(tmp_path):
     (tmp_path / "spiece.model").write_bytes(train(pad_id=-1, unk_id=0, bos_id=1, eos_id=2))
     with pytest.raises(CheckpointError, match=r"not T5's tokenizer.* as -1, 2, 0"):

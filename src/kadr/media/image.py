@@ -38,7 +38,7 @@ _ORIENTATION_TAG, _FIRST_SIDEWAYS = 0x0112, 5  # of EXIF: orientations from 5 on
 _MAX_EXIF_BYTES = 1 << 16  # as a JPEG has at most
 # Raised by Pillow's readers on damaged files; most are meant for their own dispatch and leak through.
 _READ_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, RuntimeError),  # RuntimeError: of the AVIF decoder
     *(ArithmeticError, AssertionError, AttributeError, LookupError, TypeError),
 )
 

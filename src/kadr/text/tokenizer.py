@@ -10,6 +10,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -182,18 +183,28 @@ def _from_sentencepiece(
 
 def _from_json(data: bytes, file: Path) -> tuple[Callable[[str], list[int]], int]:
     _refuse_growth(data, file)
-    try:
+    with _explain_failures(file, len(data)):
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises no narrower class
-        raise _unreadable_error(file, len(data), "tokenizer of the tokenizers library", error) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     _check_family(file, *(tokenizer.token_to_id(marker) for marker in _SPECIAL_TOKENS))
 
     def text_to_ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        with _explain_failures(file, len(data)):
+            return tokenizer.encode(text, add_special_tokens=False).ids
 
     return text_to_ids, tokenizer.get_vocab_size()
+
+
+@contextmanager
+def _explain_failures(file: Path, size: int) -> Iterator[None]:
+    """Explains what the tokenizers library raises in the block, for a file of so many bytes."""
+    try:
+        yield
+    except BaseException as error:  # the library raises no narrower class, and where it panics not even an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _unreadable_error(file, size, "tokenizer of the tokenizers library", error) from error
 
 
 def _refuse_growth(data: bytes, file: Path) -> None:
@@ -220,7 +231,7 @@ def _refuse_growth(data: bytes, file: Path) -> None:
                 )
 
 
-def _unreadable_error(file: Path, size: int, kind: str, error: Exception) -> CheckpointError:
+def _unreadable_error(file: Path, size: int, kind: str, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{file} ({size} bytes) is not a {kind}: {error}. "
         f"It may be cut short, or a git-lfs pointer instead of the file. {_ADVICE}"

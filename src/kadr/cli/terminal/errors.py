@@ -68,6 +68,7 @@ def handle_errors() -> Iterator[None]:
     """Turns an exception of a verb into a line on stderr and an exit code, and each warning into a line."""
     with _print_warnings():
         try:
+            _require_working_folder()
             yield
         except (typer.Exit, typer.BadParameter):
             raise
@@ -77,6 +78,18 @@ def handle_errors() -> Iterator[None]:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # the reader of stdout has closed it: typer exits quietly
             raise _exit(error, f"error: {explain_error(error)}", EXIT_ERROR) from error
+
+
+def _require_working_folder() -> None:
+    """Refuses to run in a folder that was removed: libraries end the process there without a word.
+
+    Raises:
+        KadrError: it was.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise KadrError("the current folder was removed. Change to one that exists.") from error
 
 
 def _exit(error: BaseException, message: str, code: int) -> typer.Exit:
@@ -97,6 +110,8 @@ def explain_error(error: Exception) -> str:
     """Returns what went wrong, for the user; further lines are details."""
     if isinstance(error, KadrError):
         return str(error)
+    if (message := _import_message(error)) is not None:
+        return message
     return _os_error_message(error) if isinstance(error, OSError) else _unexpected_message(error)
 
 
@@ -110,8 +125,26 @@ def _os_error_message(error: OSError) -> str:
     return f"{subject} cannot be used: {error.strerror or error}. Check the path, its permissions and the free space."
 
 
+def _import_message(error: Exception) -> str | None:
+    """Returns the line about a library that failed while it was imported; None for another error."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = (frame.f_globals.get("__name__", "") for frame in frames if frame.f_code.co_name == "<module>")
+    libraries = (str(name).partition(".")[0] for name in names)
+    library = next((name for name in libraries if name not in ("kadr", "__main__", "")), None)
+    if library is None:
+        return None
+    return (
+        f"{library} cannot be imported: {_summary(error)}. Correct the environment variables that it reads, or "
+        "install it again."
+    )
+
+
+def _summary(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0].strip(" :.")
+
+
 def _unexpected_message(error: Exception) -> str:
-    summary = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    summary = _summary(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without loading torch
         return f"memory is full ({summary}). Ask for less: a smaller --size, or fewer --frames."
     return (
