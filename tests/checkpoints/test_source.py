@@ -187,6 +187,13 @@ def test_an_error_names_a_missing_shard(tmp_path: Path) -> None:
         Source.open(tmp_path)
 
 
+def test_shards_with_more_tensors_than_any_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = write_shards(tmp_path)
+    monkeypatch.setattr("kadr.checkpoints.header.MAX_TENSORS", len(tensors) - 1)  # and in each shard fewer
+    with pytest.raises(CheckpointError, match=rf"states {len(tensors)} tensors; kadr reads at most {len(tensors) - 1}"):
+        Source.open(tmp_path)
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path)
     save_file({"a": random_tensor(3)}, tmp_path / "model-00002-of-00003.safetensors")

@@ -266,6 +266,11 @@ def test_lora_may_be_given_by_its_registry_name(
         opened(loras=["nowhere"])
 
 
+def test_hundreds_of_loras_are_refused() -> None:
+    with pytest.raises(RequestError, match="101 LoRAs are given; an engine takes at most 100"):
+        Engine.open("demo", loras=["demo-lora-teal"] * 101)
+
+
 def test_missing_lora_is_refused_before_a_model_is_fetched() -> None:
     with pytest.raises(CheckpointError, match=r"the LoRA gone\.safetensors does not exist"):
         Engine.open("ltxv-13b-0.9.8-distilled", loras=["gone.safetensors"])  # no test reaches the network

@@ -124,10 +124,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise _read_error(path, error) from error
     header = _parse_header(path, raw)
-    if len(header) > MAX_TENSORS:
-        raise CheckpointError(
-            f"{path} states {len(header):,} tensors; kadr reads at most {MAX_TENSORS:,}. {_WRONG_FILE}"
-        )
+    refuse_too_many_tensors(path, len(header))
     metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
     infos = {name: _tensor_info(path, name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
     expected_size = max((info.file_offset + info.size_bytes for info in infos.values()), default=LENGTH_BYTES + length)
@@ -137,6 +134,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             f"{path} {state}: it has {size:,} bytes, its header states {expected_size:,}. {_DOWNLOAD_AGAIN}"
         )
     return infos, metadata
+
+
+def refuse_too_many_tensors(path: Path, count: int) -> None:
+    """Refuses a file, or the shards in a folder, with more tensors than any model has.
+
+    Raises:
+        CheckpointError: it has more than `MAX_TENSORS`.
+    """
+    if count > MAX_TENSORS:
+        raise CheckpointError(f"{path} states {count:,} tensors; kadr reads at most {MAX_TENSORS:,}. {_WRONG_FILE}")
 
 
 def refuse_other_format(path: Path, start: bytes, size: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.gguf.header import is_gguf, read_gguf_header
-from kadr.checkpoints.header import TensorInfo, read_header
+from kadr.checkpoints.header import TensorInfo, read_header, refuse_too_many_tensors
 from kadr.errors import CheckpointError
 from kadr.json_reader import parse_json
 from kadr.memory.mapped_files import map_file
@@ -63,6 +63,7 @@ class Source:
             file_infos, file_metadata = _read_any_header(file)
             _refuse_duplicates(path, infos.keys() & file_infos.keys())
             infos |= file_infos
+            refuse_too_many_tensors(path, len(infos))
             metadata = metadata or dict(file_metadata)
         return cls(path, infos, metadata)
 

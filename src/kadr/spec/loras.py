@@ -15,6 +15,8 @@ from kadr.models.lora_layers import LoraWeightsByLayer
 from kadr.quoting import quote
 from kadr.spec.lora import Lora, LoraStrength, refuse_merged_twice
 
+MAX_LORAS = 100  # more than anyone needs; each takes a hundredth of a second to open
+
 
 @dataclass(frozen=True)
 class Loras:
@@ -168,10 +170,12 @@ def parse_loras(loras: Any) -> tuple[Lora, ...]:
     """Parses the LoRAs of `Engine.open`; see `Lora.parse`.
 
     Raises:
-        RequestError: they are not a list of LoRAs.
+        RequestError: they are not a list of LoRAs, or more than `MAX_LORAS`.
     """
     if not isinstance(loras, list | tuple):
         raise RequestError(f"loras is {quote(loras)}; it must be a list, such as [('style.safetensors', 0.8)].")
+    if len(loras) > MAX_LORAS:
+        raise RequestError(f"{len(loras)} LoRAs are given; an engine takes at most {MAX_LORAS}. Leave some out.")
     return tuple(Lora.parse(value) for value in loras)
 
 

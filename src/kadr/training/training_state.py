@@ -89,7 +89,9 @@ def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optim
     step = int(_header(path)["step"])
     try:
         _restore_tensors(read_tensors(path)[0], lora_layers, optimizer, step)
-    except (KeyError, ValueError, RuntimeError) as error:  # RuntimeError: another shape
+    except KeyError as error:
+        raise _unreadable(path, f"it has no tensor {error.args[0]}") from error
+    except (ValueError, RuntimeError) as error:  # RuntimeError: another shape
         raise _unreadable(path, error) from error
     return step
 
