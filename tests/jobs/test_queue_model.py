@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from kadr.jobs.claims import MAX_SERVER_LOSSES, MAX_WORKER_LOSSES, Claim, JobClaims
 from kadr.jobs.database import Database
@@ -47,8 +47,13 @@ STEPS_PER_RUN = 60
 LIMITS = QueueLimits(max_queued=6, max_queued_per_owner=4, max_passes=3)
 RETENTION = Retention(max_age=5000.0, max_bytes=4000)
 OWNERS, ENGINES = ("ann", "bob", "cat"), ("small", "big")
+ENGINE = st.sampled_from(ENGINES)
 ALLOWED = {QUEUED: {QUEUED, IN_PROGRESS, FAILED}, IN_PROGRESS: {QUEUED, IN_PROGRESS, COMPLETED, FAILED}}
 KEYS = st.sampled_from((None, None, None, "k1", "k2"))
+# Actions as often as they happen, nearly: what is rare in a queue must not be rare here.
+CLIENT_ACTIONS = ("submit",) * 8 + ("submit_with_used_key", "submit_without_room", "cancel", "delete", "move", "move")
+WORKER_ACTIONS = ("claim",) * 6 + ("complete",) * 4 + ("fail", "lose_worker", "lose_worker", "use_old_fence")
+SYSTEM_ACTIONS = ("crash", "crash", "set_clock", "expire", "pause", "resume", "resume", "lose_database")
 
 
 @dataclass
@@ -125,10 +130,23 @@ class QueueModel(RuleBasedStateMachine):
         self.stale.append(claim)
         self.going.discard(claim.job.id)
 
+    @rule(data=st.data(), action=st.sampled_from(CLIENT_ACTIONS))
+    def client(self, data: st.DataObject, action: str) -> None:
+        getattr(self, action)(data)
+
+    @rule(data=st.data(), action=st.sampled_from(WORKER_ACTIONS))
+    def worker(self, data: st.DataObject, action: str) -> None:
+        getattr(self, action)(data)
+
+    @rule(data=st.data(), action=st.sampled_from(SYSTEM_ACTIONS))
+    def system(self, data: st.DataObject, action: str) -> None:
+        getattr(self, action)(data)
+
     # What clients do.
 
-    @rule(owner=st.sampled_from(OWNERS), engine=st.sampled_from(ENGINES), priority=st.integers(-1, 2), key=KEYS)
-    def submit(self, owner: str, engine: str, priority: int, key: str | None) -> None:
+    def submit(self, data: st.DataObject) -> None:
+        owner, engine, key = (data.draw(strategy) for strategy in (st.sampled_from(OWNERS), ENGINE, KEYS))
+        priority = data.draw(st.integers(-1, 2))
         request, engine_json = {"prompt": f"{len(self.jobs)}"}, {"model": engine}
         earlier = [job_id for job_id, job in self.jobs.items() if key is not None and job.key == (owner, key)]
         if earlier:
@@ -151,23 +169,20 @@ class QueueModel(RuleBasedStateMachine):
         assert all(job.number > other.number for other in self.jobs.values())
         self.jobs[job.id] = Expected(job.number, owner, None if key is None else (owner, key))
 
-    @rule(owner=st.sampled_from(OWNERS), data=st.data())
-    def use_key_for_another_request(self, owner: str, data: st.DataObject) -> None:
+    def submit_with_used_key(self, data: st.DataObject) -> None:
         keys = sorted({job.key for job in self.jobs.values() if job.key is not None})
         if keys:
             owner, key = data.draw(st.sampled_from(keys))
             with pytest.raises(JobConflictError):
                 self.store.submit(_new_job({"prompt": "another"}, {}, owner, 0), idempotency_key=key)
 
-    @rule(owner=st.sampled_from(OWNERS))
-    def submit_media_that_cannot_be_stored(self, owner: str) -> None:
+    def submit_without_room(self, data: st.DataObject) -> None:
         def fill(folder: Path) -> None:
             raise OSError(28, "No space left on device")
 
         with pytest.raises((StorageError, QueueFullError)):
-            self.store.submit(_new_job({"prompt": "x"}, {}, owner, 0), fill=fill)
+            self.store.submit(_new_job({"prompt": "x"}, {}, "ann", 0), fill=fill)
 
-    @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         if (job_id := self.pick(data)) is None:
             return
@@ -180,7 +195,6 @@ class QueueModel(RuleBasedStateMachine):
             assert job.cancel_requested or (job.error is not None and job.error.code == "cancelled")
         assert others == {other: self.store.get(other) for other in self.statuses if other != job_id}
 
-    @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
         if (job_id := self.pick(data)) is not None:
             self.forget(job_id)
@@ -192,10 +206,9 @@ class QueueModel(RuleBasedStateMachine):
         if any(claim.job.id == job_id for claim in self.live):
             self.going.add(job_id)
 
-    @rule(data=st.data(), is_to_end=st.booleans())
-    def move(self, data: st.DataObject, is_to_end: bool) -> None:
+    def move(self, data: st.DataObject) -> None:
         job_id = self.pick(data, QUEUED)
-        other = None if is_to_end else self.pick(data, QUEUED)
+        other = None if data.draw(st.booleans()) else self.pick(data, QUEUED)
         if job_id is None:
             return
         try:
@@ -208,14 +221,11 @@ class QueueModel(RuleBasedStateMachine):
         place = order.index(job_id)
         assert order[place + 1] == other if other not in (None, job_id) else other == job_id or place == len(order) - 1
 
-    @rule(is_paused=st.sampled_from((False, False, True)))
-    def pause(self, is_paused: bool) -> None:
-        self.store.set_paused(is_paused)
-
     # What workers do.
 
-    @rule(warm=st.sampled_from(("", *ENGINES)), only=st.sampled_from(("", "", "", *ENGINES)))
-    def claim(self, warm: str, only: str) -> None:
+    def claim(self, data: st.DataObject) -> None:
+        warm = data.draw(st.sampled_from(("", *ENGINES)))
+        only = data.draw(st.sampled_from(("", "", "", *ENGINES)))
         waiting = [job for job in self.waiting() if not only or job.engine == {"model": only}]
         engines = [canonical_json({"model": only})] if only else None
         claim = self.claims.claim(warm_engines=[canonical_json({"model": warm})], engines=engines)
@@ -232,8 +242,8 @@ class QueueModel(RuleBasedStateMachine):
                 self.jobs[other.id].num_passed += 1
         self.live.append(claim)
 
-    def draw_claim(self, data: st.DataObject) -> Claim:
-        return data.draw(st.sampled_from(self.live))
+    def draw_claim(self, data: st.DataObject) -> Claim | None:
+        return data.draw(st.sampled_from(self.live)) if self.live else None
 
     def write_result(self, claim: Claim) -> dict[str, Any]:
         """Writes the whole result of a claim, unless it is there."""
@@ -243,12 +253,11 @@ class QueueModel(RuleBasedStateMachine):
             self.jobs[claim.job.id].is_whole = True
         return result
 
-    @precondition(lambda self: self.live)
-    @rule(data=st.data(), is_disk_full=st.booleans())
-    def complete(self, data: st.DataObject, is_disk_full: bool) -> None:
-        claim = self.draw_claim(data)
+    def complete(self, data: st.DataObject) -> None:
+        if (claim := self.draw_claim(data)) is None:
+            return
         result = self.write_result(claim)
-        if is_disk_full:
+        if data.draw(st.booleans()):
             with _full_disk(self.store.table.database), pytest.raises(StorageError):
                 self.claims.complete(claim, result)
             if data.draw(st.booleans()):
@@ -256,22 +265,21 @@ class QueueModel(RuleBasedStateMachine):
         self.claims.complete(claim, result)
         self.end_claim(claim)
 
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
         claim = self.draw_claim(data)
-        if self.store.folders.read_result(claim.job.id, claim.fence) is None:
+        if claim is not None and self.store.folders.read_result(claim.job.id, claim.fence) is None:
             self.store.folders.attempt(claim.job.id, claim.fence).mkdir(exist_ok=True)
             self.claims.fail(claim, JobError("failed", "it did not work"))
             self.end_claim(claim)
 
-    @precondition(lambda self: self.live)
-    @rule(data=st.data(), is_whole=st.booleans(), is_given_back=st.booleans())
-    def lose_worker(self, data: st.DataObject, is_whole: bool, is_given_back: bool) -> None:
-        claim = self.draw_claim(data)
-        if is_whole:
+    def lose_worker(self, data: st.DataObject) -> None:
+        if (claim := self.draw_claim(data)) is None:
+            return
+        if data.draw(st.booleans()):
             self.write_result(claim)
-        if is_given_back:
+        else:
+            self.store.folders.attempt(claim.job.id, claim.fence).mkdir(exist_ok=True)
+        if data.draw(st.booleans()):
             self.claims.give_back(claim)
         else:
             if claim.job.id in self.jobs and not self.jobs[claim.job.id].is_whole:
@@ -279,9 +287,9 @@ class QueueModel(RuleBasedStateMachine):
             self.claims.lose_worker(claim, "the worker ended")
         self.end_claim(claim)
 
-    @precondition(lambda self: self.stale)
-    @rule(data=st.data())
-    def write_with_an_old_fence(self, data: st.DataObject) -> None:
+    def use_old_fence(self, data: st.DataObject) -> None:
+        if not self.stale:
+            return
         claim = data.draw(st.sampled_from(self.stale))
         before = self.store.table.database.rows("SELECT * FROM jobs ORDER BY number")
         ends: list[Callable[[], object]] = [
@@ -297,9 +305,15 @@ class QueueModel(RuleBasedStateMachine):
 
     # What the system and the operator do.
 
-    @rule(data=st.data(), num_whole=st.integers(0, 2), is_published=st.booleans())
-    def crash_and_restart(self, data: st.DataObject, num_whole: int, is_published: bool) -> None:
-        """The process ends; some workers had written their results, and one of them may be published."""
+    def pause(self, data: st.DataObject) -> None:
+        self.store.set_paused(True)
+
+    def resume(self, data: st.DataObject) -> None:
+        self.store.set_paused(False)
+
+    def crash(self, data: st.DataObject) -> None:
+        """The process ends; some workers had written their results, which may be published."""
+        num_whole, is_published = data.draw(st.integers(0, 2)), data.draw(st.booleans())
         for claim in self.live[:num_whole]:
             self.write_result(claim)
             if is_published:
@@ -318,11 +332,9 @@ class QueueModel(RuleBasedStateMachine):
         assert self.store.is_paused == is_paused
         assert all(status != IN_PROGRESS for status in self.statuses.values())
 
-    @precondition(lambda self: not self.going)  # that they were deleted is lost too
-    @rule()
-    def lose_the_database(self) -> None:
-        if len(self.jobs) < 4:
-            return  # rare: everything that waits has then failed
+    def lose_database(self, data: st.DataObject) -> None:
+        if self.going or len(self.jobs) < 4:  # that a job in progress was deleted is lost too
+            return
         self.store.close()
         (self.folder / DATABASE_FILE).unlink()
         for claim in list(self.live):
@@ -337,12 +349,10 @@ class QueueModel(RuleBasedStateMachine):
         for job_id, expected in self.jobs.items():
             expected.number = numbers[job_id]
 
-    @rule(seconds=st.sampled_from((-3600.0, 1.0, 600.0, 3000.0)))
-    def set_clock(self, seconds: float) -> None:
-        self.now += seconds
+    def set_clock(self, data: st.DataObject) -> None:
+        self.now += data.draw(st.sampled_from((-3600.0, 1.0, 600.0, 3000.0)))
 
-    @rule()
-    def expire(self) -> None:
+    def expire(self, data: st.DataObject) -> None:
         for job_id in delete_expired(self.store, RETENTION):
             assert self.jobs[job_id].outcome is not None
             self.forget(job_id)
@@ -359,6 +369,10 @@ class QueueModel(RuleBasedStateMachine):
             assert (job.owner, job.number) == (expected.owner, expected.number)
             assert job.status == self.statuses[job_id]
             assert (job.error is not None) == (job.status == FAILED)
+            assert (job.finished_at is not None) == job.is_finished
+            assert job.created_at <= (job.started_at or job.created_at)
+            assert not job.is_finished or (job.finished_at or 0.0) >= (job.started_at or job.created_at)
+            assert not job.cancel_requested or job.status == IN_PROGRESS
             if expected.outcome is not None:
                 assert (job.status, job.result) == expected.outcome
             elif job.is_finished:

@@ -89,10 +89,7 @@ class JobClaims:
                 "UPDATE jobs SET passed = passed + 1 WHERE number = ?",
                 [(job.number,) for job in waiting if job.number < chosen.number],
             )
-            ((attempt,),) = change.rows("SELECT attempt FROM jobs WHERE number = ?", (chosen.number,))
-            columns = {"started_at": store.clock(), "attempt": attempt + 1, "fence": store.table.next_fence()}
-            job = change.update("number = ?", (chosen.number,), status=IN_PROGRESS, **columns)
-        assert job is not None  # it was read in the same transaction
+            job = self._start_in(change, chosen.number)
         store.last_served[job.owner] = job.fence
         return Claim(job)
 
@@ -170,6 +167,14 @@ class JobClaims:
                     self._complete_in(change, job, result)
         restore_jobs(self.store)
         self.store.remove_deleted()
+
+    def _start_in(self, change: Change, number: int) -> Job:
+        (row,) = change.rows("SELECT attempt, created_at FROM jobs WHERE number = ?", (number,))
+        started_at = max(self.store.clock(), row["created_at"])  # though the clock was set back
+        columns = {"started_at": started_at, "attempt": row["attempt"] + 1, "fence": self.store.table.next_fence()}
+        job = change.update("number = ?", (number,), status=IN_PROGRESS, **columns)
+        assert job is not None  # it was read in the same transaction
+        return job
 
     @contextmanager
     def _claimed(self, claim: Claim) -> Iterator[tuple[Change, Job]]:
