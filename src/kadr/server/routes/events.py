@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kadr.jobs.events import CLOSED, DELETED, JOB, NOTICE, PROGRESS, Event
-from kadr.jobs.job import UnknownJobError
+from kadr.jobs.job import Job, UnknownJobError
 from kadr.server.auth import Client
 from kadr.server.errors import envelope_responses
 from kadr.server.routes.views import show_progress, show_video
@@ -94,8 +94,12 @@ class _Follower:
             for text in [self._greeting(missed is None), *(self._show(event) for event in missed or ())]:
                 yield text
             if self._job_id is not None:
-                yield self._present_state(self._job_id)
-            while waits and not self._is_over():
+                job = self._find_job(self._job_id)
+                yield self._show_state(self._job_id, job)
+                if job is None or job.is_finished:
+                    return
+                seq = max(seq, job.seq)
+            while waits:
                 try:
                     event = await asyncio.wait_for(self._queue.get(), HEARTBEAT_SECONDS)
                 except asyncio.TimeoutError:
@@ -105,6 +109,8 @@ class _Follower:
                     return
                 if event.seq > seq:
                     yield self._show(event)
+                if self._is_last(event):
+                    return
         finally:
             unsubscribe()
 
@@ -140,22 +146,23 @@ class _Follower:
         kind = "reset" if has_missed_events else "ready"
         return _event(kind, {"boot": self._state.queue.events.boot_id})
 
-    def _present_state(self, job_id: str) -> str:
-        """Returns the event with the video as it is now."""
+    def _find_job(self, job_id: str) -> Job | None:
+        """Returns the one job that is followed as it is now, or None if it was deleted."""
         try:
-            job = self._state.queue.store.get(job_id, self._client.scope)
+            return self._state.queue.store.get(job_id, self._client.scope)
         except UnknownJobError:
+            return None
+
+    def _show_state(self, job_id: str, job: Job | None) -> str:
+        """Returns the event with the video as it is now."""
+        if job is None:
             return _event(DELETED, {"id": job_id})
         return _event(JOB, self._show_job(job), self._event_id(job.seq))
 
-    def _is_over(self) -> bool:
+    def _is_last(self, event: Event) -> bool:
         """Tells whether nothing more happens to the one video that is followed."""
-        if self._job_id is None or not self._queue.empty():
-            return False
-        try:
-            return self._state.queue.store.get(self._job_id).is_finished
-        except UnknownJobError:
-            return True
+        is_last = event.kind == DELETED or (event.kind == JOB and event.data.is_finished)
+        return self._job_id is not None and is_last
 
     def _show(self, event: Event) -> str:
         if event.kind == JOB:
@@ -168,7 +175,7 @@ class _Follower:
                 data["message"] = self._state.hide_paths(event.data["message"])
         return _event(event.kind, data, self._event_id(event.seq))
 
-    def _show_job(self, job: Any) -> dict[str, Any]:
+    def _show_job(self, job: Job) -> dict[str, Any]:
         return show_video(self._state, self._client, job, base_url=self._base_url)
 
     def _event_id(self, seq: int) -> str:
