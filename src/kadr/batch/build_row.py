@@ -15,6 +15,7 @@ from kadr.batch.row import BatchRow, key_rows
 from kadr.batch.table_file import TableRow, read_table
 from kadr.errors import RequestError
 from kadr.jobs.engine_maker import with_media_in
+from kadr.jobs.job import is_utf8
 from kadr.quoting import quote
 from kadr.request.request import Request
 from kadr.schema import REQUEST
@@ -30,7 +31,7 @@ _INSTEAD = {
     "seconds": ("frames",),
 }
 _OF_ONE_MODEL = ("release", "vae", "second_model")  # arguments of `Engine.open` that suit one model alone
-_TEXTS = ("prompt", "negative_prompt")
+_TEXTS = ("prompt", "negative_prompt", "original_prompt")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _refuse_bad_text(fields: Mapping[str, Any]) -> None:
     """
     for name in _TEXTS:
         text = fields.get(name, "")
-        if isinstance(text, str) and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
+        if isinstance(text, str) and ("\0" in text or not is_utf8(text)):
             raise RequestError(f"{name} is {quote(text)}; text has no NUL and no half of a character in it.")
 
 

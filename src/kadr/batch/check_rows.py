@@ -74,10 +74,10 @@ class RowChecker:
         return complete
 
     def _resolve(self, row: BatchRow) -> tuple[BatchRow, ResolvedRequest]:
-        from kadr.request.complete import with_duration  # loads torch
-
         engine = self._engine(row.engine)
         if row.seconds is not None:
+            from kadr.request.complete import with_duration  # loads torch
+
             row = replace(row, request=with_duration(row.request, row.seconds, engine.spec.recipe))
         resolved = engine.resolve(row.request)
         return replace(row, work=_count_work(resolved)), resolved

@@ -123,7 +123,9 @@ class _Run:
 
     def check(self) -> None:
         """Checks the rows that are to be made, and shows all that cannot be."""
-        checker = self.batch.checker
+        checker, progress = self.batch.checker, self.progress
+        if progress.num_completed:
+            self.watch.show_line(f"{progress.num_completed} of {progress.total} rows are done already")
         for outcome in self.batch.invalid:
             self.watch.show_outcome(self.progress, outcome)
         checked = checker.fetch(checker.check(self.ledger.pending))
@@ -190,6 +192,10 @@ class _Run:
         except BaseException:
             with suppress(CheckpointError):
                 self._settle()
+            progress = self.progress
+            self.watch.show_line(
+                f"{progress.num_completed} of {progress.total} rows are done; run the command again for the others"
+            )
             raise
         self._settle()
 

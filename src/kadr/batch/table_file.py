@@ -14,6 +14,7 @@ from typing import Any
 
 from kadr.batch.field_names import STRUCTURE_OR_TEXT_FIELDS, TEXT_FIELDS, refuse_unknown_fields
 from kadr.errors import RequestError
+from kadr.jobs.job import is_utf8
 from kadr.json_reader import parse_json
 from kadr.quoting import quote, show
 from kadr.regular_file import open_regular
@@ -121,13 +122,13 @@ def _read_cells(data: bytes, path: Path) -> _Rows:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     for line, cells, problem in _iterate_cells(reader):
+        if not problem and not any(cell.strip() for cell in cells):
+            continue
         if header is None:
             header = _check_header(cells, problem, line, path)
-        elif not problem and any(cells):
-            fields, problem = _parse_cells(header, cells)
+        else:
+            fields, problem = _parse_cells(header, cells) if not problem else ({}, problem)
             yield line, fields, problem
-        elif problem:
-            yield line, {}, problem
 
 
 def _iterate_cells(reader: Any) -> Iterator[tuple[int, list[str], str]]:
@@ -151,8 +152,10 @@ def _check_header(cells: Sequence[str], problem: str, line: int, path: Path) -> 
     names = [cell.strip() for cell in cells]
     named = [name for name in names if name]
     try:
-        if problem or not named:
-            raise RequestError(problem or "the header is empty; it must name the fields.")
+        if problem:
+            raise RequestError(f"{problem}.")
+        if not is_utf8("".join(names)):
+            raise RequestError("it is not UTF-8. Save the file as CSV in UTF-8.")
         refuse_unknown_fields(named)
         if twice := sorted({name for name in named if named.count(name) > 1}):
             raise RequestError(f"the header has {show(', '.join(twice))} twice. Leave one out.")
@@ -167,7 +170,7 @@ def _parse_cells(header: Sequence[str], cells: Sequence[str]) -> tuple[Mapping[s
         return {}, f"the row has {len(cells)} cells, and the header {len(header)}. Put a cell with commas in quotes"
     row = list(zip(header, cells, strict=False))
     text = "".join(cells)
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_utf8(text):
         return {}, "the row is not UTF-8"
     if problem := _find_excess(len(text.encode())):
         return {}, problem
