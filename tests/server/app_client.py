@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -46,6 +45,7 @@ class AppClient:
         headers: Mapping[str, str] | Sequence[tuple[str, str]] = (),
         host: str | None = HOST,
         is_gone: bool = False,
+        stops: bool = False,
         max_seconds: float = MAX_SECONDS,
     ) -> Answer:
         """Returns the answer to a request, once it has been checked.
@@ -53,7 +53,8 @@ class AppClient:
         Args:
             json_body: sent instead of `body`.
             body: the whole, or its chunks, which may have no end: they are fetched as the application reads them.
-            is_gone: the client hangs up when it has sent its body.
+            is_gone: the client hangs up when it has sent its body, which is not complete.
+            stops: it sends nothing further, and does not hang up.
         """
         fields = list(headers.items() if isinstance(headers, Mapping) else headers)
         if json_body is not None:
@@ -62,24 +63,22 @@ class AppClient:
         fields += [("host", host)] if host is not None else []
         fields += [("authorization", f"Bearer {token}")] if token is not None else []
         chunks = iter([body] if isinstance(body, bytes) else body)
-        call = self._call(method, target, fields, chunks, is_gone)
+        call = self._call(_scope(method, target, fields), _Receiver(chunks, is_gone, stops))
         try:
             answer = self.loop.run_until_complete(asyncio.wait_for(call, max_seconds))
         except asyncio.TimeoutError as error:
             raise EndOfPatienceError(f"{method} {target!r} was not answered in {max_seconds} s") from error
         return check_answer(answer, self.roots)
 
-    async def _call(
-        self, method: str, target: str | bytes, fields: list[tuple[str, str]], chunks: Iterator[bytes], is_gone: bool
-    ) -> Answer:
-        received, messages = _Receiver(chunks, is_gone), []
+    async def _call(self, scope: dict[str, Any], received: _Receiver) -> Answer:
+        messages: list[Any] = []
 
         async def send(message: Any) -> None:
             messages.append(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 received.answered.set()
 
-        await self.app(_scope(method, target, fields), received.receive, send)
+        await self.app(scope, received.receive, send)
         start = next(message for message in messages if message["type"] == "http.response.start")
         content = b"".join(message.get("body", b"") for message in messages if message["type"] == "http.response.body")
         headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in start["headers"]]
@@ -89,19 +88,19 @@ class AppClient:
 class _Receiver:
     """A body on its way to the application."""
 
-    def __init__(self, chunks: Iterator[bytes], is_gone: bool) -> None:
-        self._chunks, self._is_gone = chunks, is_gone
+    def __init__(self, chunks: Iterator[bytes], is_gone: bool, stops: bool) -> None:
+        self._chunks, self._is_gone, self._stops = chunks, is_gone, stops
         self._next: bytes | None = next(chunks, b"")
         self.answered = asyncio.Event()
 
     async def receive(self) -> dict[str, Any]:
         if self._next is None:
             if not self._is_gone:
-                with suppress(asyncio.CancelledError):
-                    await self.answered.wait()
+                await self.answered.wait()
             return {"type": "http.disconnect"}
         chunk, self._next = self._next, next(self._chunks, None)
-        return {"type": "http.request", "body": chunk, "more_body": self._next is not None or self._is_gone}
+        is_last = self._next is None and not (self._is_gone or self._stops)
+        return {"type": "http.request", "body": chunk, "more_body": not is_last}
 
 
 def _scope(method: str, target: str | bytes, fields: list[tuple[str, str]]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class OpenedApp:
         files = sorted(
             str(path.relative_to(self.folder))
             for path in self.folder.rglob("*")
-            if not path.name.startswith("jobs.sqlite")
+            if not path.name.startswith("jobs.sqlite") and path.name not in ("jobs", "uploads")
         )
         return files, self.state.queue.store.counts()
 
