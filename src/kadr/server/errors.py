@@ -96,12 +96,10 @@ def validation_error(error: ValidationError | RequestValidationError) -> ApiErro
     *parents, last = first["loc"] or ("",)
     is_unknown = first["type"] == "extra_forbidden"  # its name may be anything
     path = [part for part in parents if _is_of_field(part)] + [last] * (is_unknown or _is_of_field(last))
-    param = ".".join(map(str, path)) or None
+    param = show(".".join(map(str, path))) or None  # names of fields are the client's own words
     if is_unknown:
-        return ApiError(
-            400, f"{show(param)} is not a parameter of this request.", code="unknown_parameter", param=param
-        )
-    return ApiError(400, f"{show(param or 'the body')}: {first['msg']}.", code="invalid_value", param=param)
+        return ApiError(400, f"{param} is not a parameter of this request.", code="unknown_parameter", param=param)
+    return ApiError(400, f"{param or 'the body'}: {first['msg']}.", code="invalid_value", param=param)
 
 
 def _is_of_field(part: str | int) -> bool:

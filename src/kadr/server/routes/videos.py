@@ -20,6 +20,7 @@ from kadr.jobs.engine_maker import SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
 from kadr.jobs.job import COMPLETED, FAILED, QUEUED, Job, JobConflictError, is_job_id
 from kadr.media.known_headers import use_known_headers
 from kadr.quoting import show
+from kadr.request.request import MAX_FPS
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.server import schema
 from kadr.server.auth import Client
@@ -31,6 +32,7 @@ from kadr.server.routes.drafts import Draft, build_draft, parse_seconds, remix_d
 from kadr.server.routes.views import SPRITESHEET, THUMBNAIL, VIDEO, format_seconds, poll_after_ms, show_video
 from kadr.server.state import Sender, ServerState, State
 from kadr.shapes import MAX_FRAMES
+from kadr.validation import check_range
 
 MAX_KEY_CHARACTERS = 255
 SYNC_POLL_SECONDS = 0.25
@@ -94,6 +96,7 @@ async def extend_video(
     def settings(body: schema.ExtendVideo, source: MediaSource, reference: str) -> dict[str, Any]:
         _refuse_fields(body, "an extension, whose seconds are the length to add", "frames", "num_frames")
         shape = _shape_of(body, source)
+        check_range("fps", shape["fps"], 0.1, MAX_FPS)
         if body.seconds is None:
             raise ApiError(400, "seconds is missing: the length to add.", code="missing_value", param="seconds")
         added = max(1, round(min(parse_seconds(body.seconds) * shape["fps"], MAX_FRAMES)))
