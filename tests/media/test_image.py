@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from kadr.errors import MediaError
 from kadr.media import image as image_module
@@ -33,6 +34,21 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # orientation: turn a quarter clockwise to view
     image.save(path, exif=exif)
     assert np.array_equal(np.asarray(load_image(path)), np.rot90(np.asarray(image), k=-1))
+
+
+@pytest.mark.parametrize("is_behind", [True, False])
+def test_orientation_of_a_png_is_probed_without_decoding_it(tmp_path, monkeypatch, is_behind):
+    path = tmp_path / "turned.png"
+    Image.new("RGB", (64, 32)).save(path, exif=_turned())
+    content = path.read_bytes()
+    if is_behind:  # the pixels, where Pillow would look for it once they are decoded
+        start, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
+        exif, pixels = content[start:end], content[end:-12]
+        path.write_bytes(content[:start] + pixels + exif + content[-12:])
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    assert probe_image(path) == (32, 64)
+    monkeypatch.undo()
+    assert load_image(path).size == (32, 64)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])

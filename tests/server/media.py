@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import struct
 import zlib
 from fractions import Fraction
@@ -23,11 +24,12 @@ def image(kind: str = "PNG", width: int = 64, height: int = 64) -> bytes:
 
 
 @cache
-def clip(container: str = "mp4", frames: int = 9, width: int = 64, height: int = 64) -> bytes:
+def clip(container: str = "mp4", codec: str = "mpeg4", frames: int = 9, width: int = 64, height: int = 64) -> bytes:
     """Returns a small clip."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
-        stream = output.add_stream("mpeg4", rate=Fraction(24), width=width, height=height)
+        stream = output.add_stream(codec, rate=Fraction(24), width=width, height=height)
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for index in range(frames):
             pixels = np.full((height, width, 3), index, dtype=np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
@@ -73,9 +75,14 @@ def patch_box(content: bytes, name: bytes, offset: int, value: bytes) -> bytes:
     return content[:start] + value + content[start + len(value) :]
 
 
-def mp4_of_size(width: int, height: int) -> bytes:
-    """Returns an mp4 whose headers claim a size."""
-    content = patch_box(clip(), b"mp4v", 24, struct.pack(">HH", width, height))
+def clip_of_size(container: str, width: int, height: int) -> bytes:
+    """Returns a clip whose headers and frames, which are JPEGs, claim a size."""
+    start_of_frame = re.compile(rb"(\xff\xc0\0\x11\x08)....", re.DOTALL)
+    size = struct.pack(">HH", height, width)
+    content = start_of_frame.sub(lambda match: match[1] + size, clip(container, "mjpeg"))
+    if container == "avi":
+        return content
+    content = patch_box(content, b"mp4v", 24, struct.pack(">HH", width, height))
     return patch_box(content, b"tkhd", 76, struct.pack(">II", width << 16, height << 16))
 
 
