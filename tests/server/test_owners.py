@@ -1,4 +1,4 @@
-"""What belongs to another client is not there: the answer is that to an id that never was."""
+"""Property of another client is not there: the answer is that to an id that never was."""
 
 from __future__ import annotations
 
