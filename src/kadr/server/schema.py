@@ -33,7 +33,7 @@ class LoraReference(StrictBody):
     """A LoRA of the server, with its strength."""
 
     name: StrictStr = Field(description="A name of GET /v1/loras.")
-    strength: _Number | None = None
+    strength: _Number | None = Field(None, description="1 by default; 0 is off.")
     second_strength: _Number | None = Field(None, description="Strength in the second of two passes.")
 
 
@@ -43,17 +43,19 @@ class VideoSettings(StrictBody):
     model: StrictStr | None = Field(None, description="A name of GET /v1/models; by default the server's first one.")
     seconds: StrictStr | _Number | None = Field(None, description="Length, instead of num_frames.")
     size: StrictStr | None = Field(None, description='Width and height in pixels, such as "704x480"; or "auto".')
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = Field(None, description="The same as frames.")
-    frames: int | None = None
-    fps: _Number | None = None
-    seed: int | None = None
-    num_inference_steps: int | None = Field(None, description="The same as steps.")
-    steps: int | None = None
+    width: int | None = Field(None, description="In pixels; with height, instead of size.")
+    height: int | None = Field(None, description="In pixels; with width, instead of size.")
+    num_frames: int | None = Field(None, description="Number of frames.")
+    frames: int | None = Field(None, description="The same as num_frames.")
+    fps: _Number | None = Field(None, description="Frames per second.")
+    seed: int | None = Field(None, description="0 by default. The same seed gives the same noise on every device.")
+    num_inference_steps: int | None = Field(None, description="Denoising steps.")
+    steps: int | None = Field(None, description="The same as num_inference_steps.")
     guidance_scale: _Number | None = Field(None, description="CFG scale; 1 is off.")
     guidance: _Number | _Object | None = Field(None, description="CFG scale, or all fields of a Guidance.")
-    negative_prompt: StrictStr | None = Field(None, max_length=MAX_PROMPT_CHARACTERS)
+    negative_prompt: StrictStr | None = Field(
+        None, max_length=MAX_PROMPT_CHARACTERS, description="What to guide away from, where guidance is above 1."
+    )
     input_reference: MediaReference | StrictStr | None = Field(
         None, description="Image or clip that the video begins with: a file in multipart, or a reference."
     )
@@ -64,24 +66,32 @@ class VideoSettings(StrictBody):
         None, max_length=MAX_ITEMS, description="Clips to follow; `media` of each is an id."
     )
     input_video: StrictStr | None = Field(None, description="Id of the clip to start from.")
-    denoise_strength: _Number | None = None
+    denoise_strength: _Number | None = Field(
+        None, description="Between 0 and 1: how much of input_video changes; 0.75 by default."
+    )
     lora: StrictStr | LoraReference | None = Field(None, description="One LoRA.")
-    loras: list[LoraReference | StrictStr] | None = Field(None, max_length=MAX_ITEMS)
-    sigmas: list[_Number] | None = Field(None, max_length=10_000)
-    skip_initial: int | None = None
-    skip_final: int | None = None
-    guidance_batch: bool | None = None
-    sampler: StrictStr | None = None
-    cache: StrictStr | _Object | None = None
-    tone_map: _Number | None = None
-    multi_scale: bool | None = None
-    second_pass: _Object | None = None
-    downscale_factor: _Number | None = None
+    loras: list[LoraReference | StrictStr] | None = Field(
+        None, max_length=MAX_ITEMS, description="LoRAs, by their names or with strengths."
+    )
+    sigmas: list[_Number] | None = Field(
+        None, max_length=10_000, description="The schedule itself, decreasing from at most 1, instead of steps."
+    )
+    skip_initial: int | None = Field(None, description="Steps left out at the front of the schedule.")
+    skip_final: int | None = Field(None, description="Steps left out at its back.")
+    guidance_batch: bool | None = Field(None, description="Evaluate both predictions of guidance in one batch.")
+    sampler: StrictStr | None = Field(None, description="euler, euler_stochastic or res_2s.")
+    cache: StrictStr | _Object | None = Field(
+        None, description="Step caching, faster with other frames: first-block or taylor, or all fields of a StepCache."
+    )
+    tone_map: _Number | None = Field(None, description="0 to 1: compresses extremes of the latents before decoding.")
+    multi_scale: bool | None = Field(None, description="Sample at a smaller size first, and refine in a second pass.")
+    second_pass: _Object | None = Field(None, description="Fields of a Pass: settings of the second pass.")
+    downscale_factor: _Number | None = Field(None, description="Of width and height in the first of two passes.")
     windows: _Object | None = Field(None, description="Fields of a Windows: samples a long video window by window.")
-    image_noise: _Number | None = None
-    image_crf: int | None = None
-    decode_timestep: _Number | None = None
-    decode_noise: _Number | None = None
+    image_noise: _Number | None = Field(None, description="Noise added to clean condition images at each step.")
+    image_crf: int | None = Field(None, description="H.264 quality that images are compressed with first; 0 is off.")
+    decode_timestep: _Number | None = Field(None, description="Timestep that the decoder is conditioned on.")
+    decode_noise: _Number | None = Field(None, description="Share of noise mixed into the latents before decoding.")
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="A higher one goes first.")
     extra_params: _Object | None = Field(None, description="Further fields of this object.")
 
@@ -89,13 +99,13 @@ class VideoSettings(StrictBody):
 class CreateVideo(VideoSettings):
     """A request for a video."""
 
-    prompt: StrictStr = Field(max_length=MAX_PROMPT_CHARACTERS)
+    prompt: StrictStr = Field(max_length=MAX_PROMPT_CHARACTERS, description="What to show.")
 
 
 class RemixVideo(StrictBody):
     """A request for a video again, with another prompt and the same seed."""
 
-    prompt: StrictStr = Field(max_length=MAX_PROMPT_CHARACTERS)
+    prompt: StrictStr = Field(max_length=MAX_PROMPT_CHARACTERS, description="What to show instead.")
 
 
 class EditVideo(CreateVideo):
@@ -119,41 +129,45 @@ class MoveVideo(StrictBody):
 class VideoError(BaseModel):
     """The reason why a video failed."""
 
-    code: str
-    message: str
+    code: str = Field(description="A word for programs; see the errors of videos.")
+    message: str = Field(description="A line for people.")
 
 
 class VideoJob(BaseModel):
     """A video, from the moment it is accepted."""
 
-    id: str
+    id: str = Field(description='"video_" and 32 hexadecimal digits.')
     object: Literal["video"] = "video"
-    model: str
-    status: Literal["queued", "in_progress", "completed", "failed"]
-    progress: int = Field(ge=0, le=100)
-    created_at: int
-    completed_at: int | None = None
-    expires_at: int | None = None
-    prompt: str
+    model: str = Field(description="Name of the model; the real one also where sora-2 was asked for.")
+    status: Literal["queued", "in_progress", "completed", "failed"] = Field(
+        description='A cancelled video is failed, with the code "cancelled".'
+    )
+    progress: int = Field(ge=0, le=100, description="Percent, in time by the plan; 100 once it is completed.")
+    created_at: int = Field(description="Seconds since 1970, as all times.")
+    completed_at: int | None = Field(None, description="null unless it is completed.")
+    expires_at: int | None = Field(None, description="When it is deleted; null where the server keeps it.")
+    prompt: str = Field(description="As it was sent.")
     seconds: str = Field(description='Real length, such as "5.04".')
-    size: str
+    size: str = Field(description='Width and height in pixels, such as "704x480".')
     error: VideoError | None = Field(None, description="null unless it failed; a cancelled one has the code cancelled.")
-    remixed_from_video_id: str | None = None
-    num_frames: int
-    fps: float
-    seed: int
+    remixed_from_video_id: str | None = Field(None, description="The video that it is a remix, edit or extension of.")
+    num_frames: int = Field(description="Frames of the file.")
+    fps: float = Field(description="Frames per second.")
+    seed: int = Field(description="Of its noise.")
     seq: int = Field(description="Number of the last change, rising: an answer with a lower one is older.")
-    queue_position: int | None = Field(None, description="Videos that go first, about; null unless it is queued.")
-    stage: str | None = None
-    step: int | None = None
-    steps: int | None = None
+    queue_position: int | None = Field(None, description="Place from 1, about; null unless it is queued.")
+    stage: str | None = Field(
+        None, description="text, control, encode, denoise, upscale, refine or decode; null unless it is in progress."
+    )
+    step: int | None = Field(None, description="Of the stage, from 0.")
+    steps: int | None = Field(None, description="Number of steps of the stage.")
     eta_seconds: float | None = Field(None, description="Seconds until it is completed, estimated.")
     notices: list[str] = Field(default_factory=list, description="What was degraded on the way, and why.")
     url: str | None = Field(None, description="Address of the file for a while, without a token; once completed.")
-    thumbnail_url: str | None = None
+    thumbnail_url: str | None = Field(None, description="Address of its first frame, as JPEG.")
     preview_url: str | None = Field(None, description="Address of the newest preview; while it is in progress.")
-    inference_time_s: float | None = None
-    priority: int = 0
+    inference_time_s: float | None = Field(None, description="Seconds that the worker took; once completed.")
+    priority: int = Field(0, description="A higher one goes first.")
     owner: str | None = Field(None, description="Name of its token; only admins see it.")
     request: dict[str, Any] = Field(description="All settings, as POST /v1/videos takes them.")
 
@@ -163,9 +177,9 @@ class VideoList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[VideoJob]
-    first_id: str | None = None
-    last_id: str | None = None
-    has_more: bool = False
+    first_id: str | None = Field(None, description="Id of the first one; null where the page is empty.")
+    last_id: str | None = Field(None, description="Id of the last one, for after.")
+    has_more: bool = Field(False, description="Others follow.")
 
 
 class DeletedVideo(BaseModel):
@@ -179,17 +193,17 @@ class DeletedVideo(BaseModel):
 class Upload(BaseModel):
     """An image or clip that was uploaded."""
 
-    id: str
+    id: str = Field(description='"upload_" and 32 hexadecimal digits.')
     object: Literal["upload"] = "upload"
-    kind: Literal["image", "clip"]
-    width: int
-    height: int
+    kind: Literal["image", "clip"] = Field(description="As its content tells, whatever it is called.")
+    width: int = Field(description="In pixels.")
+    height: int = Field(description="In pixels.")
     frames: int | None = Field(None, description="Of a clip, as its header tells.")
-    fps: float | None = None
-    bytes: int
-    sha256: str
-    created_at: int
-    expires_at: int
+    fps: float | None = Field(None, description="Of a clip.")
+    bytes: int = Field(description="Size of the file.")
+    sha256: str = Field(description="Of the file, in hexadecimal digits.")
+    created_at: int = Field(description="When it was sent.")
+    expires_at: int = Field(description="When it is deleted.")
 
 
 class DeletedUpload(BaseModel):
@@ -210,11 +224,11 @@ class UploadList(BaseModel):
 class ServedModel(BaseModel):
     """A model of the server, with the recipe that fills in what a request leaves out."""
 
-    id: str
+    id: str = Field(description="The name that requests use.")
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "kadr"
-    is_default: bool = False
+    is_default: bool = Field(False, description="Requests that name none use it.")
     recipe: dict[str, Any] | None = Field(None, description="null where the model cannot be opened.")
 
 
@@ -228,7 +242,7 @@ class ModelList(BaseModel):
 class ServedLora(BaseModel):
     """A LoRA of the server."""
 
-    id: str
+    id: str = Field(description="The name that requests use.")
     object: Literal["lora"] = "lora"
 
 
@@ -242,42 +256,42 @@ class LoraList(BaseModel):
 class VideoPlan(BaseModel):
     """Memory and time that a video would take."""
 
-    fits: bool
+    fits: bool = Field(description="false: memory is too small for it.")
     message: str = Field(description="Memory and time in a line; where it does not fit, why, and what would.")
-    model: str
-    size: str
-    num_frames: int
-    fps: float
-    seconds: str
-    peak_bytes: int | None = None
-    estimated_seconds: float | None = None
-    estimated_seconds_range: list[float] | None = None
-    bytes_to_fetch: int | None = None
-    reasons: list[str] = Field(default_factory=list)
-    warnings: list[str] = Field(default_factory=list)
+    model: str = Field(description="Name of the model.")
+    size: str = Field(description="Of the video.")
+    num_frames: int = Field(description="Of the video.")
+    fps: float = Field(description="Of the video.")
+    seconds: str = Field(description="Length of the video.")
+    peak_bytes: int | None = Field(None, description="Of memory.")
+    estimated_seconds: float | None = Field(None, description="To make it.")
+    estimated_seconds_range: list[float] | None = Field(None, description="At best and at worst.")
+    bytes_to_fetch: int | None = Field(None, description="Of models that are not on disk.")
+    reasons: list[str] = Field(default_factory=list, description="Why it is done that way.")
+    warnings: list[str] = Field(default_factory=list, description="What would differ from the request.")
 
 
 class QueueState(BaseModel):
     """The queue as a client sees it: its own jobs, or for an admin everyone's."""
 
-    paused: bool
-    queued: int
-    in_progress: int
-    completed: int
-    failed: int
+    paused: bool = Field(description="No further video begins.")
+    queued: int = Field(description="Videos that wait.")
+    in_progress: int = Field(description="Videos that are made now.")
+    completed: int = Field(description="Videos that are done.")
+    failed: int = Field(description="Videos that failed or were cancelled.")
     problem: str | None = Field(None, description="Why no job begins; null where nothing is wrong.")
 
 
 class Health(BaseModel):
     """The state of the server: alive, and ready to make videos or not."""
 
-    alive: bool = True
-    ready: bool
-    workers_ready: int
-    workers: int
-    paused: bool
-    problem: str | None = None
-    version: str
+    alive: bool = Field(True, description="The server answers.")
+    ready: bool = Field(description="A worker is ready, and nothing is wrong with the disk.")
+    workers_ready: int = Field(description="Workers that make a video or could.")
+    workers: int = Field(description="All workers.")
+    paused: bool = Field(description="No further video begins.")
+    problem: str | None = Field(None, description="Why no video begins; null where nothing is wrong.")
+    version: str = Field(description="Of kadr.")
 
 
 class Alive(BaseModel):
@@ -289,10 +303,10 @@ class Alive(BaseModel):
 class ApiErrorBody(BaseModel):
     """An error. message: for people; code: for programs; param: the field it is about."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    message: str = Field(description="A line for people.")
+    type: str = Field(description="The kind of error, as OpenAI names it.")
+    param: str | None = Field(description="The field or parameter it is about.")
+    code: str | None = Field(description="A word for programs.")
 
 
 class ErrorEnvelope(BaseModel):

@@ -16,7 +16,7 @@ from kadr.jobs.events import CLOSED, DELETED, JOB, NOTICE, PROGRESS, Event
 from kadr.jobs.job import Job, UnknownJobError
 from kadr.server.auth import Client
 from kadr.server.errors import envelope_responses
-from kadr.server.routes.views import show_progress, show_video
+from kadr.server.routes.views import base_url, show_progress, show_video
 from kadr.server.state import Sender, ServerState, State
 
 HEARTBEAT_SECONDS = 15.0
@@ -58,8 +58,7 @@ async def stream_video_events(
 def _stream(
     request: Request, state: ServerState, client: Client, last_event_id: str | None, job_id: str | None, *, waits: bool
 ) -> StreamingResponse:
-    base_url = str(request.base_url).rstrip("/")
-    follower = _Follower(state, client, base_url, job_id)
+    follower = _Follower(state, client, base_url(request), job_id)
     return _EventStream(follower.follow(last_event_id, waits=waits), state.streams.one_more(client.name))
 
 

@@ -29,7 +29,7 @@ from kadr.server.inputs.bodies import ParsedBody, check_body, read_body
 from kadr.server.inputs.media_sources import MediaSource, copy_sources, find_source, reference_id
 from kadr.server.routes import documents
 from kadr.server.routes.drafts import Draft, build_draft, parse_seconds, remix_draft
-from kadr.server.routes.views import SPRITESHEET, THUMBNAIL, VIDEO, format_seconds, poll_after_ms, show_video
+from kadr.server.routes.views import SPRITESHEET, THUMBNAIL, VIDEO, base_url, format_seconds, poll_after_ms, show_video
 from kadr.server.state import Sender, ServerState, State
 from kadr.shapes import MAX_FRAMES
 from kadr.validation import check_range
@@ -348,11 +348,10 @@ def _answer(request: Request, state: ServerState, client: Client, job: Job) -> R
 
 
 def _show_all(request: Request, state: ServerState, client: Client, jobs: Any) -> list[dict[str, Any]]:
-    base_url = str(request.base_url).rstrip("/")
     positions: dict[str, int] = {}
     if any(job.status == QUEUED for job in jobs):
         positions = state.queue.store.positions()
-    return [show_video(state, client, job, base_url=base_url, position=positions.get(job.id)) for job in jobs]
+    return [show_video(state, client, job, base_url=base_url(request), position=positions.get(job.id)) for job in jobs]
 
 
 def _file(state: ServerState, job_id: str, variant: str) -> FileResponse:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi import Request
+
 from kadr.jobs.job import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job
 from kadr.jobs.live_job import LiveJob
 from kadr.server.auth import Client
@@ -25,13 +27,23 @@ def content_path(job_id: str) -> str:
     return f"/v1/videos/{job_id}/content"
 
 
+def base_url(request: Request) -> str:
+    """Returns scheme and host that a client used. A proxy before the server says in a header where it was https.
+
+    Whoever sends that header changes the addresses in its own answers, and nothing else.
+    """
+    is_secure = request.headers.get("x-forwarded-proto") == "https"
+    url = request.base_url.replace(scheme="https") if is_secure else request.base_url
+    return str(url).rstrip("/")
+
+
 def show_video(
     state: ServerState, client: Client, job: Job, *, base_url: str, position: int | None = None
 ) -> dict[str, Any]:
     """Returns a job as a `schema.VideoJob`.
 
     Args:
-        base_url: scheme and host that the client used, for absolute addresses.
+        base_url: see `base_url`; for absolute addresses.
         position: in the queue.
     """
     labels, live = job.labels, state.queue.supervisor.live.get(job.id) if job.status == IN_PROGRESS else None
