@@ -285,7 +285,7 @@ class QueueState(BaseModel):
 class Health(BaseModel):
     """The state of the server: alive, and ready to make videos or not."""
 
-    alive: bool = Field(True, description="The server answers.")
+    alive: bool = Field(default=True, description="The server answers.")
     ready: bool = Field(description="A worker is ready, and nothing is wrong with the disk.")
     workers_ready: int = Field(description="Workers that make a video or could.")
     workers: int = Field(description="All workers.")
