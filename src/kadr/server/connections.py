@@ -25,6 +25,7 @@ from kadr.server.errors import ApiError
 MAX_CONNECTIONS = 1000
 STOP_SECONDS = 5  # for answers on their way when the server stops
 STOP_POLL_SECONDS = 0.1  # between looks at the token
+UNSENT_BYTES = 1 << 17  # of an answer that wait in the system until the client reads
 SPARE_FILES = 256  # open files besides connections: the database, videos, workers
 
 
@@ -61,6 +62,9 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Takes a new connection, if need be in the place of one that waits for nothing."""
         super().connection_made(transport)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # else megabytes wait in the system, and reading is noticed late
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._await_head()
         if len(self.connections) > self._limits.max_connections:
             self._make_room()
@@ -92,7 +96,7 @@ class HttpProtocol(H11Protocol):
         """Gives a client that does not read some time."""
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self._limits.write_seconds, self.transport.abort)
+            self._await_reading()
 
     def resume_writing(self) -> None:
         """Goes on, since the client has read."""
@@ -100,6 +104,17 @@ class HttpProtocol(H11Protocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+    def _await_reading(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self._limits.write_seconds, self._abort_if_unread, left)
+
+    def _abort_if_unread(self, left: int) -> None:
+        """Gives the connection up if no more than before was read of what was left to send."""
+        if self.transport.get_write_buffer_size() < left:
+            self._await_reading()
+        else:
+            self.transport.abort()
 
     def _await_head(self) -> None:
         if self._head_timer is not None:
