@@ -136,6 +136,7 @@ def open_state(
     engine_options = {**settings.engine_options, "models_dirs": tuple(map(str, settings.models_dirs))}
     if makers is None:
         makers = _engine_makers(settings, engine_options)
+    _make_private_folder(settings.folder)
     queue = JobQueue(
         settings.folder,
         makers,
@@ -170,6 +171,12 @@ def open_state(
     finally:
         queue.close()
         checker.close()
+
+
+def _make_private_folder(folder: Path) -> None:
+    """Makes the folder of the data for its user alone; one that is there stays as it is."""
+    with contextlib.suppress(OSError):  # the queue explains what is wrong with it
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _folders(settings: ServerSettings) -> list[Path]:
