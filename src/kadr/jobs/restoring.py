@@ -56,7 +56,7 @@ def _restored_row(store: JobStore, job_id: str, submitted: Mapping[str, Any] | N
     return {
         **columns,
         "id": job_id,
-        "finished_at": finished_at or columns["created_at"],
+        "finished_at": max(finished_at or 0.0, columns["created_at"]),  # the clock may have been set back
         "size_bytes": folders.size_bytes(job_id),
         **({"status": FAILED, "error": _LOST} if result is None else {"status": COMPLETED, "result": result}),
     }
