@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from kadr.jobs.engine_maker import EngineMaker, Task, with_media_in
 from kadr.jobs.folders import write_result
 from kadr.jobs.job import canonical_json
 from kadr.jobs.worker import explain
+from kadr.media.clip import read_video
 from kadr.media.writer import VideoWriter
+from kadr.request.windows import Windows
 
 REQUEST = Request(
     prompt="a red circle moving right on a black background", size=(64, 64), frames=9, seed=1, sigmas=(1.0, 0.5)
@@ -141,3 +144,57 @@ def test_full_disk_is_told_from_bad_media(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(MediaError) as caught:
         make(EngineMaker(), tmp_path)
     assert explain(caught.value).code == "disk_full"
+
+
+LONG = Request(
+    prompt="a red circle moving right on a black background",
+    size=(64, 64),
+    frames=25,
+    seed=1,
+    sigmas=(1.0, 0.5),
+    windows=Windows(frames=9, overlap=8),
+)
+
+
+def interrupt_in_window(maker: EngineMaker, folder: Path, number: int) -> None:
+    """Makes the long video, and cancels it in a window, as a dying worker does; its folder is removed."""
+    token = CancelToken()
+
+    def report(kind: str, data: Any) -> None:
+        if kind == "progress" and data["window"] and data["window"][0] == number:
+            token.cancel()
+
+    task = Task("video_" + "0" * 32, 1, DEMO, LONG.to_json(), folder, folder / "output.1")
+    with pytest.raises(Cancelled):
+        maker.make(task, report, token)
+    (folder / ".kadr-0123456789ab.part.mp4").touch()  # of a worker that was killed while it decoded
+    shutil.rmtree(folder / "output.1")
+
+
+def test_long_video_goes_on_from_the_windows_of_an_earlier_attempt(tmp_path: Path) -> None:
+    maker = EngineMaker(writes_stills=False)
+    interrupt_in_window(maker, tmp_path / "job", 3)
+    result, reports = make(maker, tmp_path / "job", LONG, output=tmp_path / "job" / "output.2")
+    windows = [data["window"] for kind, data in reports if kind == "progress" and data["window"]]
+    assert min(windows) == [3, 3], "the first two are not made again"
+    assert result["notices"] == []
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["output.2"]
+    make(maker, tmp_path / "whole", LONG)
+    resumed, whole = (read_video(tmp_path / path / "video.mp4") for path in ("job/output.2", "whole/output.1"))
+    assert np.array_equal(resumed.frames, whole.frames)
+
+
+def test_windows_that_do_not_fit_are_made_again_with_a_notice(tmp_path: Path) -> None:
+    maker = EngineMaker(writes_stills=False)
+    interrupt_in_window(maker, tmp_path, 3)
+    _, reports = make(maker, tmp_path, replace(LONG, seed=2), output=tmp_path / "output.2")
+    notices = [data for kind, data in reports if kind == "notice"]
+    assert len(notices) == 1
+    assert notices[0].startswith("The windows of an earlier attempt cannot be used, and are made again: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["output.2"]
+
+
+def test_long_video_that_is_refused_is_not_tried_twice(tmp_path: Path) -> None:
+    request = replace(LONG, windows=Windows(frames=9, overlap=8, anchor_strength=1.0))
+    with pytest.raises(RequestError, match="there is no image at frame 0"):
+        make(EngineMaker(writes_stills=False), tmp_path, request)
