@@ -81,7 +81,7 @@ class VideoWriter:
         self.crf = crf
         self.frames_written = 0
         _check_target(self.path)
-        _check_even(size)
+        check_even_sides(size)
         if not is_whole_number(crf) or not 0 <= crf <= MAX_CRF:
             raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAX_CRF}.")
         self._metadata = metadata if callable(metadata) or metadata is None else lambda: metadata
@@ -291,7 +291,8 @@ def _exact_fps(fps: float | Fraction) -> Fraction:
     return rate
 
 
-def _check_even(size: Size) -> None:
+def check_even_sides(size: Size) -> None:
+    """Raises: MediaError: a video of this size cannot be written."""
     if size.width % 2 or size.height % 2:
         below = Size(max(2, size.width // 2 * 2), max(2, size.height // 2 * 2))
         above = Size(-(-size.width // 2) * 2, -(-size.height // 2) * 2)

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# All but the last part of a path without spaces, as far as one can tell it from other text.
-_FOLDERS = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][^\\/\s:,;'\"()]+)+[\\/](?=[^\\/\s])")
+# An address on the web, which stays; or all but the last part of a path without spaces, as far as one can tell it.
+_FOLDERS = re.compile(r"https?://\S+|(?:[A-Za-z]:)?(?:[\\/][^\\/\s:,;'\"()]+)+[\\/](?=[^\\/\s])")
 
 
 class PathHider:
@@ -30,7 +30,7 @@ class PathHider:
         """Returns a message with no folder in it."""
         if self._known is not None and self._known_alone is not None:
             message = self._known_alone.sub("the server's folder", self._known.sub("", message))
-        return _FOLDERS.sub("", message)
+        return _FOLDERS.sub(lambda match: match[0] if match[0].startswith("http") else "", message)
 
 
 def _forms(folder: str | Path) -> set[str]:

@@ -34,6 +34,7 @@ from kadr.server.inputs.uploads import UploadLimits, UploadStore
 from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import DEFAULT_SECONDS, UrlSigner
 from kadr.server.state import ServerState
+from kadr.spec.locate import MODEL, locate
 from kadr.spec.model_folders import ModelFolders
 
 BACKLOG = 1000  # connections that wait to be accepted
@@ -105,7 +106,7 @@ def serve(settings: ServerSettings, log: Callable[[str], object], on_ready: Call
         on_ready: called with the address once it listens.
 
     Raises:
-        RequestError: the address is taken, or cannot be used.
+        RequestError, CheckpointError: the address is taken, or cannot be used; a model is not there.
         StorageError: see `JobQueue`.
     """
     listener = _listen(settings.host, settings.port)
@@ -134,6 +135,9 @@ def open_state(
         makers: what each worker makes videos with; None: with the engines of the settings.
     """
     engine_options = {**settings.engine_options, "models_dirs": tuple(map(str, settings.models_dirs))}
+    folders = ModelFolders.open(settings.models_dirs)
+    for model in settings.models.values():
+        locate(model, MODEL, folders)  # a name that means nothing is refused before anything is opened
     if makers is None:
         makers = _engine_makers(settings, engine_options)
     _make_private_folder(settings.folder)
@@ -154,7 +158,7 @@ def open_state(
         metrics = Metrics()
         queue.events.subscribe(metrics.observe)
         signer = UrlSigner.open(settings.folder, settings.url_seconds)
-        catalogue = Catalogue(settings.models, ModelFolders.open(settings.models_dirs), engine_options)
+        catalogue = Catalogue(settings.models, folders, engine_options)
         queue.housekeeping.append(uploads.delete_expired)
         queue.start()
         state = ServerState(

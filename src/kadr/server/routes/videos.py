@@ -15,10 +15,11 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from kadr.errors import KadrWarning, PlanError
+from kadr.errors import KadrWarning, MediaError, PlanError
 from kadr.jobs.engine_maker import SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
 from kadr.jobs.job import COMPLETED, FAILED, QUEUED, Job, JobConflictError, is_job_id
 from kadr.media.known_headers import use_known_headers
+from kadr.media.writer import check_even_sides
 from kadr.quoting import show
 from kadr.request.request import MAX_FPS
 from kadr.request.resolved_request import ResolvedRequest
@@ -316,7 +317,12 @@ async def _resolve(state: ServerState, draft: Draft) -> ResolvedRequest:
     def resolve() -> ResolvedRequest:
         with warnings.catch_warnings(), use_known_headers(draft.headers):
             warnings.simplefilter("ignore", KadrWarning)
-            return state.catalogue.engine(draft.engine).resolve(draft.request)
+            resolved = state.catalogue.engine(draft.engine).resolve(draft.request)
+        try:
+            check_even_sides(resolved.size)
+        except MediaError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="size") from error
+        return resolved
 
     return await to_thread.run_sync(resolve, limiter=state.planning)
 
