@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from tests.server.client_server import (
+    PROMPT,
     ServerEvent,
     ServerProcess,
     answer_of,
@@ -131,7 +132,9 @@ def test_cancelling_stops_a_video_within_a_step(server: ServerProcess, client: h
     assert error_of(client.post(f"/v1/videos/{video_id}/cancel"), 409)["code"] == "conflict"
     assert error_of(client.get(f"/v1/videos/{video_id}/content"), 400)["code"] == "video_failed"
     assert make_video(client)["inference_time_s"] < 5
-    assert "is replaced" not in server.log()
+    log = server.log()
+    assert f"{video_id} failed: cancelled: it was cancelled\n" in log
+    assert "is replaced" not in log
 
 
 def test_deleting_a_video_in_progress_cancels_it(client: httpx2.Client) -> None:
@@ -140,6 +143,14 @@ def test_deleting_a_video_in_progress_cancels_it(client: httpx2.Client) -> None:
     answer_of(client.delete(f"/v1/videos/{video_id}"))
     error_of(client.get(f"/v1/videos/{video_id}"), 404)
     make_video(client)
+
+
+def test_a_client_that_does_not_wait_for_the_file_cancels_it(client: httpx2.Client) -> None:
+    with pytest.raises(httpx2.ReadTimeout):
+        client.post("/v1/videos/sync", json={"prompt": PROMPT, **HOURS}, timeout=1.5)
+    (newest,) = answer_of(client.get("/v1/videos", params={"limit": 1}))["data"]
+    video = wait_until_finished(client, newest["id"])[-1]
+    assert (video["size"], video["status"], video["error"]["code"]) == ("512x512", "failed", "cancelled")
 
 
 def test_a_repeated_idempotency_key_makes_no_second_video(client: httpx2.Client) -> None:

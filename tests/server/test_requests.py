@@ -156,7 +156,7 @@ def test_models_of_folders_have_their_names(tmp_path: Path, loop: asyncio.Abstra
 def test_server_does_not_start_with_a_model_that_is_not_there(
     model: str, tmp_path: Path, loop: asyncio.AbstractEventLoop
 ) -> None:
-    with pytest.raises((RequestError, CheckpointError), match="no model named|does not exist"):
+    with pytest.raises((RequestError, CheckpointError), match=r"no model named|does not exist"):
         open_app(tmp_path / "data", loop, models={model: model}).__enter__()
     assert not (tmp_path / "data").exists()
 
@@ -167,3 +167,14 @@ def test_addresses_on_the_web_are_no_paths() -> None:
         "/srv/kadr data/queue/jobs/a.mp4 of /models/x/y.safetensors: see https://huggingface.co/Lightricks/LTX-Video."
     )
     assert hide(message) == "a.mp4 of y.safetensors: see https://huggingface.co/Lightricks/LTX-Video."
+
+
+@pytest.mark.parametrize("hides_prompts", [False, True])
+def test_log_says_what_became_of_videos(hides_prompts: bool, tmp_path: Path, loop: asyncio.AbstractEventLoop) -> None:
+    with open_app(tmp_path / "data", loop, hides_prompts=hides_prompts) as app:
+        completed, cancelled = app.add_completed(), app.submit()
+        app.send("POST", f"/v1/videos/{cancelled}/cancel")
+        log = "\n".join(app.lines)
+    assert f"{completed} is completed, after 0." in log
+    assert log.endswith(f"{cancelled} failed: cancelled" + ": it was cancelled" * (not hides_prompts))
+    assert (SMALL["prompt"] in log) == (not hides_prompts)

@@ -18,6 +18,7 @@ from typing import Any
 from kadr.cancellation import cancellable
 from kadr.errors import KadrError, RequestError
 from kadr.jobs.engine_maker import EngineMaker
+from kadr.jobs.events import JOB, Event
 from kadr.jobs.expiry import Retention
 from kadr.jobs.job import QueueLimits
 from kadr.jobs.live_job import Patience
@@ -157,6 +158,7 @@ def open_state(
         uploads = UploadStore(settings.folder / "uploads", checker, settings.upload_limits)
         metrics = Metrics()
         queue.events.subscribe(metrics.observe)
+        queue.events.subscribe(partial(_log_outcome, log, settings.hides_prompts))
         signer = UrlSigner.open(settings.folder, settings.url_seconds)
         catalogue = Catalogue(settings.models, folders, engine_options)
         queue.housekeeping.append(uploads.delete_expired)
@@ -203,6 +205,17 @@ def _engine_makers(settings: ServerSettings, engine_options: Mapping[str, Any]) 
         partial(EngineMaker, {**engine_options, **option}, previews=True, stores_paths=False, opens_first=first)
         for option in options
     ]
+
+
+def _log_outcome(log: Callable[[str], object], hides_prompts: bool, event: Event) -> None:
+    """Writes what became of a video to the log. A message may quote its prompt."""
+    if event.kind != JOB or not event.data.is_finished:
+        return
+    job = event.data
+    if job.error is None:
+        log(f"{job.id} is completed, after {job.finished_at - job.created_at:.1f} s")
+    else:
+        log(f"{job.id} failed: {job.error.code}" + ("" if hides_prompts else f": {job.error.message}"))
 
 
 def _open_default_model(state: ServerState, log: Callable[[str], object]) -> None:
