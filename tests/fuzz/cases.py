@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 import typer
 from hypothesis import strategies as st
 
+from kadr.batch.field_names import FIELDS
 from kadr.cli.main import app
 from kadr.cli.prompts import MAX_PROMPT_BYTES
 from tests.fuzz import files
@@ -131,6 +133,27 @@ def series_cases(draw: Any) -> Case:
     return Case(args, {"prompts.txt": data}, stdin=data)
 
 
+@st.composite
+def batch_cases(draw: Any) -> Case:
+    """Files of rows: hostile values in fields that exist, fields that do not, and lines of anything."""
+    names = st.one_of(st.sampled_from(FIELDS), st.sampled_from(FIELDS), texts(20))
+    rows = st.dictionaries(names, st.one_of(json_values(), numbers(), texts(40)), max_size=4)
+    objects = rows.map(lambda row: json.dumps({"prompt": PROMPT, **row}).encode())
+    lines = st.lists(st.one_of(objects, objects, objects, st.binary(max_size=40)), min_size=1, max_size=5)
+    header = st.lists(names.map(os.fsencode), min_size=1, max_size=4).map(b",".join)
+    cells = st.lists(st.lists(st.one_of(texts(20).map(os.fsencode), st.binary(max_size=9)), max_size=4).map(b",".join))
+    name, data = draw(
+        st.one_of(
+            st.tuples(st.just("x.jsonl"), lines.map(b"\n".join)),
+            st.tuples(st.just("x.csv"), st.tuples(header, cells).map(lambda parts: b"\n".join((parts[0], *parts[1])))),
+            st.tuples(st.just("x.csv"), cells.map(lambda lines: b"\n".join((b"prompt,seed,image", *lines)))),
+            st.tuples(st.sampled_from(("x.txt", "x.csv", "x.jsonl", "x.mp4")), st.binary(max_size=200)),
+        )
+    )
+    as_json = draw(st.sampled_from(((), ("--json",))))
+    return Case(("batch", name, "--out", "out", "--dry-run", "--model", "demo", *TINY, *as_json), {name: data})
+
+
 PATH_FLAGS = ("--model", "--config", "--upscaler", "--second-model", "--text-encoder", "--vae", "--lora", "--image")
 PATH_FLAGS += (
     "--prompt-file",
@@ -229,6 +252,7 @@ ALL: Mapping[str, st.SearchStrategy[Case]] = {
     "config": config_cases(),
     "prompt": prompt_cases(),
     "series": series_cases(),
+    "batch": batch_cases(),
     "path": path_cases(),
     "number": number_cases(),
     "environment": environment_cases(),

@@ -26,6 +26,7 @@ EXAMPLES = {
     "config": 40,
     "prompt": 8,
     "series": 30,
+    "batch": 60,
     "path": 113,
     "number": 130,
     "environment": 4,
