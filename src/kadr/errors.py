@@ -16,6 +16,8 @@ Every message states the value, the limit and the fix, on one line: foreign text
 """
 
 import collections.abc
+import contextlib
+import warnings
 
 from kadr.quoting import MAX_LINE, one_line
 
@@ -90,3 +92,11 @@ class KadrWarning(UserWarning):
         self, message: object = "", *, details: collections.abc.Iterable[str] = (), limit: int = MAX_LINE
     ) -> None:
         super().__init__("\n  ".join(one_line(line, limit) for line in (message, *details)))
+
+
+@contextlib.contextmanager
+def ignore_kadr_warnings() -> collections.abc.Iterator[None]:
+    """Leaves kadr's warnings of the block out: what it looks at ahead says them again when it is made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KadrWarning)
+        yield

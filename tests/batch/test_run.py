@@ -213,6 +213,15 @@ def test_estimate_comes_from_the_work_of_this_run() -> None:
     assert progress.seconds_left == pytest.approx(7.5)
 
 
+def test_model_of_all_rows_that_cannot_be_opened_is_one_error(tmp_path: Path, out: Path) -> None:
+    rows = [{"prompt": f"make {n}", "model": "missing"} for n in range(3)]
+    file, watch = write_rows(tmp_path, *rows, {**rows[0], "image": "no.png"}), Recorder()
+    with pytest.raises(CheckpointError, match="there is no model missing"):
+        fake_batch(file, out, tmp_path / "log", watch).run()
+    assert watch.outcomes == []
+    assert [line["status"] for line in manifest(out)] == ["queued"] * 4
+
+
 def test_what_is_fetched_is_fetched_once_for_each_model(tmp_path: Path, out: Path) -> None:
     rows = [{"prompt": f"make {n}", "model": "ab"[n % 2]} for n in range(6)]
     batch = fake_batch(write_rows(tmp_path, *rows), out, tmp_path / "log")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kadr.batch.row import BatchRow
 from kadr.cancellation import check_cancelled
-from kadr.errors import Cancelled, KadrError, KadrWarning
+from kadr.errors import Cancelled, KadrError, ignore_kadr_warnings
 from kadr.jobs.job import canonical_json
 from kadr.request.request import refuse_missing_media
 
@@ -42,14 +41,18 @@ class RowChecker:
         Warnings are left to the videos, which have them too.
 
         Raises:
+            KadrError: the only model of all rows cannot be opened.
             Cancelled: the work is cancelled.
         """
         checked = []
         for row in rows:
             check_cancelled()
-            with self._refuse(row), _without_warnings():
+            with self._refuse(row), ignore_kadr_warnings():
                 refuse_missing_media(row.request)
                 checked.append(self._resolve(row)[0])
+        engines = list(self._engines.values())
+        if len(engines) == 1 and isinstance(engines[0], KadrError):
+            raise engines[0]
         return checked
 
     def fetch(self, rows: Sequence[BatchRow]) -> list[BatchRow]:
@@ -62,7 +65,7 @@ class RowChecker:
         complete = []
         for row in rows:
             with self._refuse(row):
-                with _without_warnings():
+                with ignore_kadr_warnings():
                     _, resolved = self._resolve(row)
                 kinds = frozenset(item.control.kind for item in resolved.controls)
                 needs = (canonical_json(row.engine), len(resolved.passes) > 1, kinds)
@@ -122,10 +125,3 @@ def _count_work(resolved: ResolvedRequest) -> float:
     """Returns how much a video computes: megapixels of all frames, times model evaluations."""
     pixels = resolved.sampled_frames * resolved.sampled_size.width * resolved.sampled_size.height
     return pixels * resolved.model_evaluations / max(len(resolved.spans), 1) / 1e6
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KadrWarning)
-        yield

@@ -29,9 +29,9 @@ from kadr.cli.flags.request import (
 )
 from kadr.cli.terminal.batch_watch import LineWatch, watch_batch
 from kadr.cli.terminal.daily_notice import print_daily
-from kadr.cli.terminal.errors import print_stdout
+from kadr.cli.terminal.errors import print_stdout, refuse_failures
 from kadr.cli.terminal.output import print_path
-from kadr.errors import KadrError, MediaError, RequestError
+from kadr.errors import MediaError, RequestError
 from kadr.jobs.engine_maker import EngineMaker
 from kadr.request.request import refuse_missing_media
 from kadr.spec.lora import Lora
@@ -40,7 +40,6 @@ from kadr.validation import check_path, expand_home, is_same_file
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
 
-_MAX_NUMBERS = 12  # rows that the last message lists
 # Arguments of `Engine.open` that a row's model depends on; the others are how it is run, on this machine and now.
 _MODEL_OPTIONS = ("model", "release", "vae", "text_encoder", "second_model", "upscaler", "lora_partial", "merge_loras")
 
@@ -138,7 +137,7 @@ def _check_only(rows: Sequence[BatchRow], invalid: Sequence[RowOutcome], checker
         print_stdout(json.dumps({"rows": total, "valid": valid, "invalid": [each.to_json() for each in failed]}))
     else:
         print_stdout(f"{valid} of {total} rows can be made")
-    _refuse_failed(failed, total, "Mend them, and check again.")
+    refuse_failures([each.number for each in failed], total, "rows", "Mend them, and check again.")
 
 
 def _print_result(result: BatchResult, seconds: float, *, as_json: bool) -> None:
@@ -159,12 +158,5 @@ def _print_result(result: BatchResult, seconds: float, *, as_json: bool) -> None
         print_path(result.manifest, outcome=outcome)
     has_retried = any(each.error is not None and each.error.code != INVALID_ROW for each in failed)
     retry = " or make those again with --retry-failed" if has_retried else ""
-    _refuse_failed(failed, total, f"Mend them and run it again{retry}; {result.manifest.name} has the reasons.")
-
-
-def _refuse_failed(failed: Sequence[RowOutcome], total: int, way_out: str) -> None:
-    if failed:
-        numbers = [each.number for each in failed]
-        listed, more = ", ".join(map(str, numbers[:_MAX_NUMBERS])), len(numbers) - _MAX_NUMBERS
-        listed += f" and {more} more" if more > 0 else ""
-        raise KadrError(f"{len(failed)} of {total} rows failed: {listed}. {way_out}")
+    way_out = f"Mend them and run it again{retry}; {result.manifest.name} has the reasons."
+    refuse_failures([each.number for each in failed], total, "rows", way_out)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +14,16 @@ from kadr.cli.flags import options
 from kadr.cli.flags.request import build_request
 from kadr.cli.prompts import STDIN, check_prompt_source, read_prompt_lines
 from kadr.cli.series_output import ReserveOutput
-from kadr.cli.terminal.errors import MAX_ERROR_LINE, explain_error, print_error, print_stderr, print_stdout
+from kadr.cli.terminal.errors import (
+    MAX_ERROR_LINE,
+    explain_error,
+    print_error,
+    print_stderr,
+    print_stdout,
+    refuse_failures,
+)
 from kadr.cli.terminal.progress import show_progress
-from kadr.errors import KadrError, KadrWarning
+from kadr.errors import ignore_kadr_warnings
 from kadr.pipeline.series.encode_ahead import ENCODED_AHEAD, encode_prompts_ahead
 from kadr.pipeline.series.loop import run_series
 from kadr.quoting import quote, show
@@ -29,7 +35,8 @@ if TYPE_CHECKING:
     from kadr.text.enhance import Enhancer
 
 MakeVideo = Callable[[SeriesItem], object]
-_MAX_SEED, _MAX_PROMPT, _MAX_NUMBERS = 20, 60, 12  # characters, and videos, that a message shows
+_MAX_SEED, _MAX_PROMPT = 20, 60  # characters that a message shows
+REASONS_ABOVE = "The reasons are above."
 
 
 def build_series(prompt: str | None, flags: options.GenerateFlags) -> RequestSeries:
@@ -100,7 +107,7 @@ class SeriesWriter:
             if self._num_finished:
                 print_stderr(f"finished {self._num_finished} of {len(self.series)} videos")
             raise
-        _refuse_failures(failed, len(self.series))
+        refuse_failures(failed, len(self.series), "videos", REASONS_ABOVE)
 
     def _write(self, item: SeriesItem) -> None:
         total, position = len(self.series), None
@@ -141,7 +148,7 @@ def print_dry_runs(engine: Engine, series: RequestSeries, *, as_json: bool) -> N
         gap = "\n" if heading and item.number < total else ""
         print_stdout(f"{heading}{dry_run.format_dry_run(result, as_json=as_json)}{gap}")
 
-    _refuse_failures(_make_each(engine, series, print_one, series), total)
+    refuse_failures(_make_each(engine, series, print_one, series), total, "videos", REASONS_ABOVE)
 
 
 def _make_each(engine: Engine, series: RequestSeries, make: MakeVideo, items: Iterable[SeriesItem]) -> list[int]:
@@ -162,19 +169,10 @@ def _make_each(engine: Engine, series: RequestSeries, make: MakeVideo, items: It
         message = f"{_position(item, total)} failed ({prompt}, seed {seed}): {explain_error(error)}"
         print_error(error, message, limit=MAX_ERROR_LINE)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KadrWarning)  # printed with each video
+    with ignore_kadr_warnings():  # printed with each video
         engine.resolve(series.template)  # refuses flags that suit no video
     run_series(items, make, report)
     return failed
-
-
-def _refuse_failures(failed: Sequence[int], total: int) -> None:
-    """Ends the command with an error if videos failed."""
-    if failed:
-        listed, more = ", ".join(map(str, failed[:_MAX_NUMBERS])), len(failed) - _MAX_NUMBERS
-        numbers = f"{listed} and {more} more" if more > 0 else listed
-        raise KadrError(f"{len(failed)} of {total} videos failed: {numbers}. The reasons are above.")
 
 
 def _position(item: SeriesItem, total: int) -> str:

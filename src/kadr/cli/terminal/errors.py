@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from kadr.errors import Cancelled, KadrError, KadrWarning
 from kadr.quoting import MAX_LINE, MAX_QUOTED, one_line, show
 
 MAX_ERROR_LINE = 499  # characters: a message and the "error: " before it
+MAX_NUMBERS = 12  # of videos or rows, that a message lists
 EXIT_ERROR = 1  # bad usage is 2, typer's own code
 DEBUG_VARIABLE = "KADR_DEBUG"  # environment variable: any value but "" and 0 shows tracebacks
 
@@ -113,6 +114,22 @@ def explain_error(error: Exception) -> str:
     if (message := _import_message(error)) is not None:
         return message
     return _os_error_message(error) if isinstance(error, OSError) else _unexpected_message(error)
+
+
+def refuse_failures(failed: Sequence[int], total: int, noun: str, way_out: str) -> None:
+    """Ends a command with an error if some of what it was to make failed, which it has reported one by one.
+
+    Args:
+        failed: the numbers of those.
+        noun: for all of them, in the plural.
+
+    Raises:
+        KadrError: there are such; names the first of them.
+    """
+    if failed:
+        listed, more = ", ".join(map(str, failed[:MAX_NUMBERS])), len(failed) - MAX_NUMBERS
+        numbers = f"{listed} and {more} more" if more > 0 else listed
+        raise KadrError(f"{len(failed)} of {total} {noun} failed: {numbers}. {way_out}")
 
 
 def _os_error_message(error: OSError) -> str:

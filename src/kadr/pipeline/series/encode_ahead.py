@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from kadr.errors import KadrWarning
+from kadr.errors import ignore_kadr_warnings
 from kadr.pipeline.progress import Watch, ignore_progress
 from kadr.pipeline.series.loop import concerns_one_video
 from kadr.request.request import Request
@@ -38,7 +37,7 @@ def encode_prompts_ahead(
     requests: list[Request] = []
     texts: dict[str, None] = {}
     for prompt in prompts:
-        with _left_to_its_video(), _without_warnings():
+        with _left_to_its_video(), ignore_kadr_warnings():
             request = series.request(prompt, series.template.seed)
             texts |= dict.fromkeys(engine.resolve(request).all_prompts)
             requests.append(request)
@@ -49,7 +48,7 @@ def encode_prompts_ahead(
     for start in range(0, len(distinct), _PROMPTS_AT_ONCE):
         chunk = distinct[start : start + _PROMPTS_AT_ONCE]
         with _left_to_its_video(), ExitStack() as started:
-            with _without_warnings():
+            with ignore_kadr_warnings():
                 generation = started.enter_context(
                     engine.start(requests[0], stages=("text",), prompts=chunk, watch=watch)
                 )
@@ -63,10 +62,3 @@ def _left_to_its_video() -> Iterator[None]:
     except Exception as error:
         if not concerns_one_video(error):
             raise
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KadrWarning)
-        yield
