@@ -293,6 +293,16 @@ def test_aiperf_requests_are_understood(client: httpx2.Client) -> None:
     assert answer_of(client.post("/v1/videos", files={key: (None, value) for key, value in form.items()}))["seed"] == 1
 
 
+def test_head_of_a_file_is_that_of_the_whole_answer(server: ServerProcess) -> None:
+    with server.client() as client:
+        video = make_video(client)
+        head, whole = (client.request(method, f"/v1/videos/{video['id']}/content") for method in ("HEAD", "GET"))
+        assert head.status_code == 200
+        assert head.content == b""
+        assert head.headers["content-length"] == str(len(whole.content))
+        assert head.headers["etag"] == whole.headers["etag"]
+
+
 def test_video_in_progress_has_a_preview_that_moves(server: ServerProcess) -> None:
     with server.client() as client:
         video = create_video(client, size="128x128", num_frames=49, num_inference_steps=24)

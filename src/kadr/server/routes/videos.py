@@ -162,6 +162,7 @@ async def move_video(request: Request, state: State, client: Sender, video_id: s
     return _answer(request, state, client, job)
 
 
+@router.head("/videos/{video_id}/content", include_in_schema=False)
 @router.get("/videos/{video_id}/content", **documents.CONTENT)
 async def get_content(
     state: State, client: Sender, video_id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
