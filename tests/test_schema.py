@@ -78,5 +78,5 @@ def test_page_lists_every_number() -> None:
     numbers = {row[0]: row[2] for row in rows[1:]}
     expected = {of.kind: str(of.number) for of in SCHEMAS}
     expected |= {"prompt cache": str(schema.PROMPT_CACHE_NUMBER), "example cache": str(schema.EXAMPLE_CACHE_NUMBER)}
-    expected["calibration"] = str(schema.CALIBRATION_NUMBER)
+    expected |= {"calibration": str(schema.CALIBRATION_NUMBER), "preview cache": str(schema.PREVIEW_CACHE_NUMBER)}
     assert numbers == expected
