@@ -34,7 +34,7 @@ def create_app(state: ServerState, rules: GateRules) -> ASGIApp:
     for module in (videos, events, system):
         app.include_router(module.router)
     add_error_handlers(app)
-    _require_tokens_in_description(app, bool(rules.tokens))
+    _complete_description(app, needs_token=bool(rules.tokens))
     gated: ASGIApp = Gate(app, rules)
     if rules.origins:
         gated = CORSMiddleware(
@@ -45,6 +45,18 @@ def create_app(state: ServerState, rules: GateRules) -> ASGIApp:
             expose_headers=["openai-poll-after-ms", "retry-after", "x-video-id"],
         )
     return _Counter(gated, state.metrics)
+
+
+# Answers of every route to what is hardly a request.
+_ANY_ROUTE = {
+    400: "The request is not HTTP, or the length of its body is unclear.",
+    403: "The server does not go by this name, or another site's page sent the request.",
+    413: "The body is too large.",
+    414: "The address is too long.",
+    431: "The headers are too large.",
+    503: "There are too many connections, or the server stops.",
+}
+_ENVELOPE = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorEnvelope"}}}
 
 
 class _Counter:
@@ -63,12 +75,16 @@ class _Counter:
         await self._app(scope, receive, count if scope["type"] == "http" else send)
 
 
-def _require_tokens_in_description(app: FastAPI, needs_token: bool) -> None:
-    """Says in the OpenAPI description that a token is needed."""
+def _complete_description(app: FastAPI, *, needs_token: bool) -> None:
+    """Says in the OpenAPI description what the gate and the connections answer, and that a token is needed."""
     describe: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
         description = describe()
+        for path in description["paths"].values():
+            for operation in path.values():
+                for status, meaning in _ANY_ROUTE.items():
+                    operation["responses"].setdefault(str(status), {"description": meaning, "content": _ENVELOPE})
         if needs_token:
             schemes = description.setdefault("components", {}).setdefault("securitySchemes", {})
             schemes["token"] = {"type": "http", "scheme": "bearer"}

@@ -124,7 +124,9 @@ async def get_health(state: State) -> Response:
     return JSONResponse(health.model_dump(), 200 if health.ready else 503)
 
 
-@router.get("/health/alive", response_model=schema.Alive, responses=envelope_responses(403))
+@router.get(
+    "/health/alive", response_model=schema.Alive, responses=envelope_responses(403), openapi_extra={"security": []}
+)
 async def get_alive() -> Any:
     """Answers. Needs no token."""
     return {}
