@@ -31,4 +31,4 @@ def fill(path: str, video_id: str = UNKNOWN_VIDEO) -> str:
 
 ROUTES = all_routes()
 VIDEO_ROUTES = [route for route in ROUTES if "{video_id}" in route[1]]
-CHANGING_ROUTES = [route for route in ROUTES if route[0] != "GET"]
+CHANGING_ROUTES = [route for route in ROUTES if route[0] not in ("GET", "HEAD")]

@@ -86,7 +86,9 @@ def api(address: str) -> Any:
     return api
 
 
-DESCRIBED = [(method, path.replace(":path", "")) for method, path in ROUTES if path != "/openapi.json"]
+DESCRIBED = [
+    (method, path.replace(":path", "")) for method, path in ROUTES if path != "/openapi.json" and method != "HEAD"
+]
 
 
 def test_description_has_every_route(api: Any) -> None:
