@@ -52,6 +52,7 @@ def test_json_has_the_seconds_of_every_round(kadr: Run) -> None:
         (("--size", "100x64x9"), "multiples of 32"),
         (("--num-layers", "2"), "num_layers must be"),
         (("--rounds", "0"), "rounds is 0"),
+        (("--rounds", "1" + "0" * 30), "it must lie between 1 and 1000"),
     ],
 )
 def test_bad_usage_ends_with_2_before_any_measurement(kadr: Run, args: tuple[str, ...], message: str) -> None:

@@ -166,7 +166,28 @@ PATH_FLAGS += (
     "--device",
     "--dtype",
 )
-PATH_FLAGS += ("--quant", "--offload", "--sampler", "--cache", "--stg-mode", "--second-sampler", "--enhance-model")
+PATH_FLAGS += (
+    "--models-dir",
+    "--quant",
+    "--offload",
+    "--sampler",
+    "--cache",
+    "--stg-mode",
+    "--second-sampler",
+    "--enhance-model",
+)
+
+
+PATH = "PATH"
+PATH_FORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "inspect": ((PATH,), ("demo", "--models-dir", PATH)),
+    "rerun": ((PATH,), (PATH, "--output", PATH)),
+    "quantize": ((PATH, "x.gguf", "--type", "Q8_0"), (PATH, PATH, "--type", PATH)),
+    "convert": ((PATH, "x"), ("demo", PATH), (PATH, PATH, "--force")),
+    "train-lora": ((PATH,), (".", "--model", PATH), (".", "--output", PATH)),
+    "models": (("verify", PATH), ("info", PATH), ("--models-dir", PATH), (PATH,)),
+    "bench": (("--model", PATH, "--stage", PATH), ("nothing", PATH)),  # nothing that starts a benchmark, as -- does
+}
 
 
 @st.composite
@@ -174,24 +195,13 @@ def path_cases(draw: Any) -> Case:
     """Paths and names that do not exist, or that no file can have."""
     suffix = draw(st.sampled_from(("", ".safetensors", ".gguf", ".mp4", ".png", ".yaml")))
     path = draw(texts(300)) + suffix
-    verb = draw(st.sampled_from(("generate", "plan", "inspect", "rerun", "quantize", "train-lora", "models", "bench")))
+    verb = draw(st.sampled_from(("generate", "plan", *PATH_FORMS)))
     if verb in ("generate", "plan"):
         flag = draw(st.sampled_from(PATH_FLAGS))
         prompt = () if flag == "--prompt-file" else (PROMPT,)
         return Case((verb, *prompt, *(("--dry-run",) if verb == "generate" else ()), flag, path))
-    forms = {
-        "inspect": (("inspect", path),),
-        "rerun": (("rerun", path), ("rerun", path, "--output", path)),
-        "quantize": (
-            ("quantize", path, "x.gguf", "--type", "Q8_0"),
-            ("quantize", path, path, "--type", path),
-        ),
-        "train-lora": (("train-lora", path), ("train-lora", ".", "--model", path)),
-        "models": (("models", "verify", path), ("models", path)),
-        # A name may happen to be the demo's, whose whole benchmark takes a minute.
-        "bench": (("bench", "--model", path, "--stage", "text", "--rounds", "1"), ("bench", path)),
-    }
-    return Case(draw(st.sampled_from(forms[verb])))
+    form = draw(st.sampled_from(PATH_FORMS[verb]))
+    return Case((verb, *(path if part is PATH else part for part in form)))
 
 
 @cache
@@ -224,6 +234,9 @@ def number_cases(draw: Any) -> Case:
 VARIABLES = (
     "KADR_KERNELS",
     "KADR_CACHE",
+    "KADR_MODELS",
+    "XDG_CONFIG_HOME",
+    "HOME",
     "XDG_CACHE_HOME",
     "KADR_DEBUG_",
     "COLUMNS",

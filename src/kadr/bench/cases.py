@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from kadr.errors import RequestError
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance
 from kadr.shapes import LatentGrid, Size
+from kadr.validation import check_range
 
 DEMO = "demo"
 MODELS = (DEMO, "2b", "13b")  # the bundled model, and random weights of the released sizes
@@ -20,6 +21,7 @@ BENCH_STAGES = STARTUP, TEXT, ENCODE, DIT, DECODE, END_TO_END = (
     "end-to-end",
 )
 FPS = 24.0
+MAX_ROUNDS = 1000
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,7 @@ class Selection:
             raise RequestError(
                 "num_layers must be 1 or more, and works with 2b and 13b only: the demo is small already."
             )
-        if self.rounds < 1:
-            raise RequestError(f"rounds is {self.rounds}; it must be 1 or more.")
+        check_range("rounds", self.rounds, 1, MAX_ROUNDS, is_whole=True)
 
     def shapes_for(self, model: str) -> Sequence[VideoShape]:
         return self.shapes or (DEFAULT_SHAPES.get(model, VIDEO_SHAPES[1]),)

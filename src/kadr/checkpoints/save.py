@@ -227,6 +227,6 @@ def check_disk_space(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise CheckpointError(
-            f"{path} will take {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Free some, or write "
+            f"{path} will take {size / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB free. Free some, or write "
             "elsewhere."
         )

@@ -311,7 +311,7 @@ def test_full_disk_and_missing_parent_are_refused_before_writing(
         convert(tiny, tmp_path / "no" / "folder")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match="GB free"):
+    with pytest.raises(CheckpointError, match="MB free"):
         convert(tiny, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
 

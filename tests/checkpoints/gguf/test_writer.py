@@ -370,7 +370,7 @@ def test_a_missing_folder_or_disk_space_is_refused_before_writing(
         convert_transformer(home, tmp_path / "absent" / "x.gguf", "Q8_0")
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"x\.gguf will take 0\.0 GB, and its disk has 0\.0 GB free"):
+    with pytest.raises(CheckpointError, match=r"x\.gguf will take \d+ MB, and its disk has 0 MB free"):
         convert_transformer(home, tmp_path / "x.gguf", "Q8_0")
     assert os.listdir(tmp_path) == []
 
