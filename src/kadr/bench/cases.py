@@ -21,7 +21,7 @@ BENCH_STAGES = STARTUP, TEXT, ENCODE, DIT, DECODE, END_TO_END = (
     "end-to-end",
 )
 FPS = 24.0
-MAX_ROUNDS = 1000
+MAX_BENCH_ROUNDS = 1000
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Selection:
             raise RequestError(
                 "num_layers must be 1 or more, and works with 2b and 13b only: the demo is small already."
             )
-        check_range("rounds", self.rounds, 1, MAX_ROUNDS, is_whole=True)
+        check_range("rounds", self.rounds, 1, MAX_BENCH_ROUNDS, is_whole=True)
 
     def shapes_for(self, model: str) -> Sequence[VideoShape]:
         return self.shapes or (DEFAULT_SHAPES.get(model, VIDEO_SHAPES[1]),)
