@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from kadr.server import auth
 from kadr.server.gate import MAX_HEADERS, MAX_URL_BYTES
 from tests.server.answers import refused
 from tests.server.app_client import HOST
-from tests.server.opened_app import ADMIN, ANNA, BEN, SMALL, OpenedApp
+from tests.server.opened_app import ADMIN, ANNA, BEN, SMALL, OpenedApp, open_app, some_tokens
 from tests.server.routes import ADMIN_ROUTES, CHANGING_ROUTES, OPEN_ROUTES, ROUTES, fill
 
 WRONG_TOKENS: Mapping[str, list[tuple[str, str]]] = {
@@ -312,3 +313,48 @@ def test_answers_say_that_they_are_no_page(app: OpenedApp, signed: str) -> None:
 def test_video_of_an_admin_is_no_clients(app: OpenedApp) -> None:
     video_id = app.submit(ADMIN, **SMALL)
     refused(app.send("GET", f"/v1/videos/{video_id}", token=ANNA), 404)
+
+
+STUDIO = "https://studio.example"
+
+
+@pytest.fixture(scope="module")
+def studio_app(data_folder: Path, loop: Any) -> Iterator[OpenedApp]:
+    """An application that the pages of one other site may use."""
+    with open_app(data_folder / "studio", loop, tokens=some_tokens(), origins=(STUDIO,)) as opened:
+        yield opened
+
+
+def test_pages_of_an_allowed_site_may_use_the_server(studio_app: OpenedApp) -> None:
+    asks = {
+        "origin": STUDIO,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization",
+    }
+    answer = studio_app.send("OPTIONS", "/v1/videos", headers=asks)
+    assert (answer.status, answer.header("access-control-allow-origin")) == (200, STUDIO)
+    assert answer.header("access-control-allow-credentials") is None
+    site = {"origin": STUDIO, "sec-fetch-site": "cross-site"}
+    answer = studio_app.send("POST", "/v1/videos", token=ANNA, json_body=SMALL, headers=site)
+    assert (answer.status, answer.header("access-control-allow-origin")) == (200, STUDIO)
+    answer = refused(studio_app.send("POST", "/v1/videos", json_body=SMALL, headers=site), 401)
+    assert answer.header("access-control-allow-origin") == STUDIO  # so that the page can read why
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", STUDIO + ".evil.example", "http://studio.example", "*"]
+)
+def test_pages_of_other_sites_still_may_not(studio_app: OpenedApp, origin: str) -> None:
+    for method in ("POST", "DELETE", "PUT"):
+        asks = {"origin": origin, "access-control-request-method": method}
+        answer = refused(studio_app.send("OPTIONS", "/v1/videos", headers=asks), 403, "cross_site")
+        assert answer.header("access-control-allow-origin") is None
+    with studio_app.unchanged():
+        answer = studio_app.send("POST", "/v1/videos", token=ANNA, json_body=SMALL, headers={"origin": origin})
+        assert refused(answer, 403, "cross_site").header("access-control-allow-origin") is None
+    assert (
+        studio_app.send("GET", "/v1/videos", token=ANNA, headers={"origin": origin}).header(
+            "access-control-allow-origin"
+        )
+        is None
+    )

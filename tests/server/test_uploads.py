@@ -381,3 +381,18 @@ def test_uploads_of_others_count_for_nobody_else(app: OpenedApp) -> None:
     app.upload(image(), ANNA)
     assert len(app.send("GET", "/v1/uploads", token=BEN).data["data"]) == before
     assert np.all([upload.owner == "anna" for upload in app.state.uploads.find_all("anna")])
+
+
+def test_upload_that_is_deleted_meanwhile_makes_no_job(app: OpenedApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = app.upload(image(), ANNA)
+    fields = {**SMALL, "input_reference": {"file_id": upload}}
+    create = app.state.queue.store.folders.__class__.create
+
+    def delete_first(*arguments: Any) -> Path:
+        app.state.uploads.delete(upload, "anna")
+        return create(*arguments)
+
+    monkeypatch.setattr(app.state.queue.store.folders.__class__, "create", delete_first)
+    jobs = app.state.queue.store.counts()
+    refused(app.send("POST", "/v1/videos", token=ANNA, json_body=fields), 404, "media_not_found")
+    assert app.state.queue.store.counts() == jobs

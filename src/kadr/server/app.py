@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kadr.server.errors import add_error_handlers
+from kadr.server.errors import ApiError, add_error_handlers
 from kadr.server.gate import Gate, GateRules
 from kadr.server.metrics import Metrics
 from kadr.server.routes import events, system, videos
@@ -37,7 +39,7 @@ def create_app(state: ServerState, rules: GateRules) -> ASGIApp:
     _complete_description(app, needs_token=bool(rules.tokens))
     gated: ASGIApp = Gate(app, rules)
     if rules.origins:
-        gated = CORSMiddleware(
+        gated = _Cors(
             gated,
             allow_origins=list(rules.origins),
             allow_methods=["GET", "POST", "DELETE"],
@@ -57,6 +59,18 @@ _ANY_ROUTE = {
     503: "There are too many connections, or the server stops.",
 }
 _ENVELOPE = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorEnvelope"}}}
+
+
+class _Cors(CORSMiddleware):
+    """Lets the pages of other sites in; what it refuses is in the envelope of all errors."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answers a browser that asks whether a page may send a request."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        message = "this page may not send such a request. The operator of the server can let it: --allow-origin ORIGIN."
+        return ApiError(403, message, code="cross_site").response()
 
 
 class _Counter:
@@ -83,8 +97,13 @@ def _complete_description(app: FastAPI, *, needs_token: bool) -> None:
         description = describe()
         for path in description["paths"].values():
             for operation in path.values():
+                responses = operation["responses"]
+                if "HTTPValidationError" in str(responses.get("422")):  # FastAPI's own, which is a 400 here
+                    del responses["422"]
                 for status, meaning in _ANY_ROUTE.items():
-                    operation["responses"].setdefault(str(status), {"description": meaning, "content": _ENVELOPE})
+                    responses.setdefault(str(status), {"description": meaning, "content": _ENVELOPE})
+        for unused in ("HTTPValidationError", "ValidationError"):
+            description["components"]["schemas"].pop(unused, None)
         if needs_token:
             schemes = description.setdefault("components", {}).setdefault("securitySchemes", {})
             schemes["token"] = {"type": "http", "scheme": "bearer"}

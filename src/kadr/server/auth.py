@@ -75,8 +75,13 @@ class Tokens:
         """Returns the tokens of a server with a single one, which is an admin's.
 
         Raises:
-            RequestError: it is too short to be safe.
+            RequestError: it is too short to be safe, or no header can have it.
         """
+        if not token.isascii() or not token.isprintable() or token != token.strip():
+            raise RequestError(
+                "the token has spaces around it, or characters outside of ASCII, and no client can send it. Make one: "
+                "kadr serve --new-token NAME."
+            )
         if len(token) < MIN_TOKEN_CHARACTERS:
             raise RequestError(
                 f"the token has {len(token)} characters; it must have at least {MIN_TOKEN_CHARACTERS}. "
@@ -121,7 +126,8 @@ def new_token(name: str, *, is_admin: bool = False) -> tuple[str, str]:
     _check_name(name)
     token = secrets.token_urlsafe(32)
     admin = "admin = true\n" if is_admin else ""
-    return token, f'[{name}]\nsha256 = "{_digest(token)}"\n{admin}'
+    key = f'"{name}"' if "." in name else name  # in TOML a dot begins a table in a table
+    return token, f'[{key}]\nsha256 = "{_digest(token)}"\n{admin}'
 
 
 def _parse_client(path: Path, name: str, table: Any) -> tuple[str, Client]:

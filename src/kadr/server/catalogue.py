@@ -24,6 +24,14 @@ _OPENAI_MODEL = re.compile(r"sora-2(-pro)?(-\d{4}-\d{2}-\d{2})?")  # what client
 
 
 @dataclass
+class _EngineSlot:
+    """An engine that is open, or will be."""
+
+    engine: Engine | None = None
+    lock: Lock = field(default_factory=Lock)
+
+
+@dataclass
 class Catalogue:
     """The names that clients may use, and no others: no path of theirs is ever opened.
 
@@ -36,7 +44,7 @@ class Catalogue:
     models: Mapping[str, str]
     folders: ModelFolders
     options: Mapping[str, Any] = field(default_factory=dict)
-    _engines: OrderedDict[str, Engine] = field(default_factory=OrderedDict, init=False)
+    _slots: OrderedDict[str, _EngineSlot] = field(default_factory=OrderedDict, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
 
     @property
@@ -90,14 +98,16 @@ class Catalogue:
         """
         from kadr.pipeline.engine import Engine  # loads torch
 
-        key = canonical_json(options)
         with self._lock:
-            if key not in self._engines:
-                self._engines[key] = Engine.open(**{**self.options, **options})
-                if len(self._engines) > MAX_OPEN_ENGINES:
-                    self._engines.popitem(last=False)
-            self._engines.move_to_end(key)
-            return self._engines[key]
+            slot = self._slots.setdefault(canonical_json(options), _EngineSlot())
+            self._slots.move_to_end(canonical_json(options))
+            if len(self._slots) > MAX_OPEN_ENGINES:  # all but the default one make room
+                plain = {"model": self.models[self.default], "loras": []}
+                del self._slots[next(key for key in self._slots if key != canonical_json(plain))]
+        with slot.lock:  # others need not wait while one is opened
+            if slot.engine is None:
+                slot.engine = Engine.open(**{**self.options, **options})
+            return slot.engine
 
     def _find(self, name: str, kinds: Sequence[str]) -> Path | None:
         """Looks a name up in the operator's folders; what is not a plain name is as unknown as any other."""

@@ -9,6 +9,9 @@ from pathlib import Path
 
 # An address on the web, which stays; or all but the last part of a path without spaces, as far as one can tell it.
 _FOLDERS = re.compile(r"https?://\S+|(?:[A-Za-z]:)?(?:[\\/][^\\/\s:,;'\"()]+)+[\\/](?=[^\\/\s])")
+_BEFORE = r"(?<![\w.-])"  # else it is in an address on the web, or in another path
+# Behind a known folder: those in it that lead to a file, which are the server's own and have no spaces; or its end.
+_BEHIND = r"(?:(?P<folders>(?:[\\/][^\\/\s'\"]+)*[\\/])(?=[^\\/\s])|(?![\w.-]))"
 
 
 class PathHider:
@@ -19,17 +22,18 @@ class PathHider:
     """
 
     def __init__(self, folders: Iterable[str | Path] = ()) -> None:
-        known = {form for folder in folders for form in _forms(folder)}
-        known = {text for text in known if len(Path(text).parts) > 1}  # "/" alone would be any slash
-        longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-        # What follows in the same path goes too: its folders are the server's own, and have no spaces.
-        self._known = re.compile(rf"(?:{longest_first})(?:[\\/][^\\/\s'\"]+)*[\\/](?=[^\\/\s])") if known else None
-        self._known_alone = re.compile(rf"(?:{longest_first})(?![\w.-])") if known else None
+        forms = {form for folder in folders for form in _forms(folder)}
+        known = {form for form in forms if len(Path(form).parts) > 1}  # "/" alone would be any slash
+        # A folder in another one goes first: its own name may have spaces, which end what is taken for a path.
+        self._known = [
+            (form, re.compile(_BEFORE + re.escape(form) + _BEHIND)) for form in sorted(known, key=len, reverse=True)
+        ]
 
     def __call__(self, message: str) -> str:
         """Returns a message with no folder in it."""
-        if self._known is not None and self._known_alone is not None:
-            message = self._known_alone.sub("the server's folder", self._known.sub("", message))
+        for form, pattern in self._known:
+            if form in message:
+                message = pattern.sub(lambda match: "" if match["folders"] else "the server's folder", message)
         return _FOLDERS.sub(lambda match: match[0] if match[0].startswith("http") else "", message)
 
 

@@ -164,7 +164,14 @@ def open_state(
         queue.housekeeping.append(uploads.delete_expired)
         queue.start()
         state = ServerState(
-            queue, catalogue, uploads, signer, metrics, settings.hides_prompts, log, PathHider(_folders(settings))
+            queue,
+            catalogue,
+            uploads,
+            signer,
+            metrics,
+            settings.hides_prompts,
+            log,
+            PathHider(_folders(settings, folders)),
         )
         rules = GateRules(
             settings.tokens,
@@ -185,13 +192,13 @@ def _make_private_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _folders(settings: ServerSettings) -> list[Path]:
+def _folders(settings: ServerSettings, models: ModelFolders) -> list[Path]:
     """Returns the folders that messages may name: of the data, of models, and of kadr itself."""
     options = [value for option in settings.engine_options.values() for value in _as_tuple(option)]
     files = [Path(value).absolute() for value in (*settings.models.values(), *options) if os.path.exists(value)]
     parents = [file.parent for file in files]
     own = [Path(__file__).parents[1], Path(os.path.expanduser("~")), Path(tempfile.gettempdir())]
-    return [settings.folder, *map(Path, settings.models_dirs), *parents, *own]
+    return [settings.folder, *(folder.path for folder in models.folders), *models.missing, *parents, *own]
 
 
 def _as_tuple(value: Any) -> tuple[str, ...]:

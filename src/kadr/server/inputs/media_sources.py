@@ -133,6 +133,7 @@ def copy_sources(sources: list[MediaSource], folder: Path) -> None:
     """Puts the media of a job into its folder: as links to the same bytes where the disk has them.
 
     Raises:
+        ApiError: its client has deleted one meanwhile.
         StorageError: the disk is full.
     """
     try:
@@ -144,4 +145,7 @@ def copy_sources(sources: list[MediaSource], folder: Path) -> None:
             except OSError:  # another disk, or one without links
                 shutil.copyfile(source.path, target)
     except OSError as error:
+        if not all(source.path.exists() for source in sources):
+            message = "a medium of the request was deleted before it was accepted. Upload it again."
+            raise ApiError(404, message, code="media_not_found") from error
         raise storage_error(folder, error) from error

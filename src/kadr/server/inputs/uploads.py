@@ -268,7 +268,6 @@ class IncomingUpload:
             if len(self._head) == _HEAD_BYTES:
                 _sniff(self._head)  # refused at once, not when all of it has come
         self._store.take_room(self, len(chunk))
-        self._digest.update(chunk)
         await to_thread.run_sync(self._append, chunk)
 
     async def check(self) -> StoredUpload:
@@ -307,6 +306,7 @@ class IncomingUpload:
         return self.folder / f"{MEDIA_STEM}.part"
 
     def _append(self, chunk: bytes) -> None:
+        self._digest.update(chunk)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._part.open("ab") as file:

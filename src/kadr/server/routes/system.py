@@ -81,7 +81,7 @@ async def list_models(state: State) -> Any:
 async def get_model(state: State, name: str) -> Any:
     """Shows a model, with the recipe that fills in what a request leaves out."""
     found, _ = state.catalogue.find_model(name)
-    return await to_thread.run_sync(lambda: _show_model(state, found, with_recipe=True))
+    return await to_thread.run_sync(lambda: _show_model(state, found, with_recipe=True), limiter=state.planning)
 
 
 @router.get("/v1/loras", response_model=schema.LoraList, responses=envelope_responses(401, 403))
