@@ -17,7 +17,7 @@ export PIP_RETRIES ?= 5
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: all help .venv demo test fuzz load check parity format bench demo-model clean
+.PHONY: all help .venv demo test fuzz faults load check parity format bench demo-model clean
 
 all: .venv
 	@$(MAKE) --no-print-directory help
@@ -68,6 +68,9 @@ test: .venv/.test  ## the whole suite, on two cores
 
 fuzz: .venv/.test  ## 5,000 hostile commands, other ones each time, in about half an hour
 	KADR_FUZZ=10 OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz --numprocesses 2 $(ARGS)
+
+faults: .venv/.test  ## kill workers and servers, fill disks, lose databases; prints what was kept, in about ten minutes
+	OMP_NUM_THREADS=1 $(PY) -m tests.write_faults $(ARGS)
 
 load: .venv/.test  ## load a server with 200 videos of 20 clients, in about ten minutes; prints the figures
 	$(PY) -m benchmarks.load $(ARGS)

@@ -11,7 +11,7 @@
     "full"              never: the disk is full
     "large 5"           at once, with a report of so many megabytes
 
-Every start and every video that was made is a line in a log, so that a test can count them.
+Every start, and every video whose result is on disk, is a line in a log: after that line, nobody may make it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,12 @@ class FakeMaker:
     device_bytes = 1_000_000
 
     def __post_init__(self) -> None:
+        log_results(self.log)
         time.sleep(self.start_seconds)
 
     def make(self, task: Task, report: Report, token: CancelToken) -> dict[str, Any]:
         """Does what the prompt says."""
-        self._append(START, task)
+        append_line(self.log, START, task.output)
         self.warm_engines = (canonical_json(task.engine),)
         report("plan", PLAN)
         task.output.mkdir()
@@ -66,12 +67,23 @@ class FakeMaker:
         is_first = count_lines(self.log, START)[task.job_id] == 1
         _ACTIONS[action](arguments, report, token, is_first)
         (task.output / VIDEO_FILE).write_bytes(task.request["prompt"].encode())
-        self._append(END, task)
         return {"file": VIDEO_FILE, "fence": task.fence}
 
-    def _append(self, event: str, task: Task) -> None:
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(f"{event} {task.job_id} {task.fence} {os.getpid()}\n")
+
+def log_results(log: Path) -> None:
+    """Lets this process, a worker, append a line for each result that it has written."""
+
+    def write_and_log(folder: Path, result: Mapping[str, Any]) -> None:
+        write_result(folder, result)
+        append_line(log, END, folder)
+
+    worker.write_result = write_and_log
+
+
+def append_line(log: Path, event: str, output: Path) -> None:
+    """Appends a line to a log. output: the folder that is written, whose name ends in the fence."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"{event} {output.parent.name} {output.name.rpartition('.')[2]} {os.getpid()}\n")
 
 
 def read_log(log: Path) -> list[tuple[str, str, int, int]]:
@@ -130,7 +142,7 @@ def _crash(arguments: list[str], report: Report, token: CancelToken, is_first: b
     if "whole" not in arguments:
         os._exit(CRASH_CODE)
 
-    def write_and_exit(folder: Path, result: dict[str, Any]) -> None:
+    def write_and_exit(folder: Path, result: Mapping[str, Any]) -> None:
         write_result(folder, result)
         os._exit(CRASH_CODE)
 

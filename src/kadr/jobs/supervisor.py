@@ -21,11 +21,12 @@ from kadr.jobs.events import NOTICE, PREVIEW, PROGRESS, Event, EventLog
 from kadr.jobs.job import CANCELLED, DISK_FULL, STORAGE, JobError, LostClaimError, StorageError
 from kadr.jobs.live_job import LiveJob, Patience
 from kadr.jobs.table import JobChange
-from kadr.jobs.worker import MakerFactory, WorkerProcess
+from kadr.jobs.worker import INVALID_MEDIA, MODEL_ERROR, MakerFactory, WorkerProcess
 
 IDLE_SECONDS = 1.0  # between looks at the disk and at the pause, where nothing is announced
 WATCH_SECONDS = 0.2  # between looks at the deadlines of a worker
 MIN_FREE_BYTES = 512 * 10**6  # of the disk with the queue; below it no job begins
+_CODES_OF_STORAGE = (DISK_FULL, STORAGE, INVALID_MEDIA, MODEL_ERROR)  # of errors that a full disk may be behind
 RESTART_SECONDS = 5.0  # before a worker is started again that ended before it was ready
 
 
@@ -294,7 +295,7 @@ class _Slot:
         error: JobError = outcome
         if error.code == CANCELLED and self.supervisor.is_stopping:
             return partial(claims.give_back, claim)
-        if error.code in (DISK_FULL, STORAGE) and (problem := self.supervisor.storage_problem()):
+        if error.code in _CODES_OF_STORAGE and (problem := self.supervisor.storage_problem()):
             self.supervisor.log(f"{claim.job.id}: {error.message} It waits: {problem}")
             return partial(claims.give_back, claim)
         return partial(claims.fail, claim, error)

@@ -42,14 +42,15 @@ EXIT_SUPERVISOR_GONE = 3
 KILL_SECONDS = 10.0  # to wait for a process that was killed; one that waits for a driver may outlive it
 _PR_SET_PDEATHSIG = 1  # of prctl
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+INVALID_MEDIA, MODEL_ERROR = "invalid_media", "model_error"
 _ERROR_CODES: tuple[tuple[type[BaseException], str], ...] = (
     (Cancelled, CANCELLED),
     (RequestError, "invalid_request"),
-    (MediaError, "invalid_media"),
+    (MediaError, INVALID_MEDIA),
     (PlanError, "out_of_memory"),
     (MemoryError, "out_of_memory"),
     (NonFiniteError, "non_finite"),
-    (CheckpointError, "model_error"),
+    (CheckpointError, MODEL_ERROR),
     (KadrError, "failed"),
 )
 
