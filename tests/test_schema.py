@@ -79,4 +79,5 @@ def test_page_lists_every_number() -> None:
     expected = {of.kind: str(of.number) for of in SCHEMAS}
     expected |= {"prompt cache": str(schema.PROMPT_CACHE_NUMBER), "example cache": str(schema.EXAMPLE_CACHE_NUMBER)}
     expected |= {"calibration": str(schema.CALIBRATION_NUMBER), "preview cache": str(schema.PREVIEW_CACHE_NUMBER)}
+    expected["jobs database"] = str(schema.JOBS_DATABASE_NUMBER)
     assert numbers == expected

@@ -23,12 +23,12 @@ from typing import Any
 
 import psutil
 
-from kadr.jobs.database import SCHEMA_NUMBER
 from kadr.jobs.engine_maker import VIDEO_FILE
 from kadr.jobs.folders import JobFolders
 from kadr.jobs.table import DATABASE_FILE
 from kadr.media.clip import ClipReader
 from kadr.request.request import Request
+from kadr.schema import JOBS_DATABASE_NUMBER
 from tests.jobs.fake_maker import END, START, count_lines, read_log
 from tests.jobs.fault_server import CRASH_PROMPT, DEATHS, LOADING
 from tests.jobs.jobs_by_hand import wait_until
@@ -509,12 +509,12 @@ def open_newer_database(bench: Bench, times: int) -> Outcome:
     bench.kill()
     for number in range(1, times + 1):
         with closing(sqlite3.connect(bench.database)) as connection:
-            connection.execute(f"PRAGMA user_version = {SCHEMA_NUMBER + number}")
+            connection.execute(f"PRAGMA user_version = {JOBS_DATABASE_NUMBER + number}")
         before = {path.name: path.read_bytes() for path in bench.queue.glob("jobs.*")}
-        assert f"has the schema number {SCHEMA_NUMBER + number};" in _refusal(bench.start)
+        assert f"has the schema number {JOBS_DATABASE_NUMBER + number};" in _refusal(bench.start)
         assert {path.name: path.read_bytes() for path in bench.queue.glob("jobs.*")} == before
     with closing(sqlite3.connect(bench.database)) as connection:
-        connection.execute(f"PRAGMA user_version = {SCHEMA_NUMBER}")
+        connection.execute(f"PRAGMA user_version = {JOBS_DATABASE_NUMBER}")
     bench.start()
     bench.wait(waiting)
     return Outcome("database of a newer version", times, "refused by its number; not a byte is changed", bench.verify())

@@ -11,8 +11,9 @@ import pytest
 
 from kadr.errors import KadrWarning
 from kadr.jobs import database as database_module
-from kadr.jobs.database import SCHEMA_NUMBER, Database, _is_wal_safe
+from kadr.jobs.database import Database, _is_wal_safe
 from kadr.jobs.job import StorageError
+from kadr.schema import JOBS_DATABASE_NUMBER
 
 INSERT = (
     "INSERT INTO jobs (id, owner, status, priority, position, engine, request, labels, created_at, seq) "
@@ -140,17 +141,19 @@ def test_database_that_is_not_as_kadr_made_it_is_damage(path: Path, statement: s
 def test_newer_database_is_refused_and_left_as_it_is(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute(f"PRAGMA user_version = {SCHEMA_NUMBER + 1}")
+        connection.execute(f"PRAGMA user_version = {JOBS_DATABASE_NUMBER + 1}")
         connection.commit()
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    with pytest.raises(StorageError, match=f"schema number {SCHEMA_NUMBER + 1}; .* A newer kadr wrote it: update kadr"):
+    with pytest.raises(
+        StorageError, match=f"schema number {JOBS_DATABASE_NUMBER + 1}; .* A newer kadr wrote it: update kadr"
+    ):
         Database(path)
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
 def test_newer_number_that_is_only_in_the_log_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute(f"PRAGMA user_version = {SCHEMA_NUMBER + 1}")
+        connection.execute(f"PRAGMA user_version = {JOBS_DATABASE_NUMBER + 1}")
         connection.commit()
     monkeypatch.setattr(database_module, "_number_in_header", lambda path: 0)
     with pytest.raises(StorageError, match="A newer kadr wrote it"):

@@ -14,9 +14,9 @@ from kadr.errors import KadrWarning
 from kadr.file_names import replace_file
 from kadr.jobs.job import StorageError
 from kadr.regular_file import open_regular
+from kadr.schema import JOBS_DATABASE_NUMBER
 from kadr.version import __version__
 
-SCHEMA_NUMBER = 1
 # WAL has a race in older versions that can damage a database with two connections; see https://sqlite.org/wal.html.
 _WAL_FIXED_IN = (3, 51, 3)
 _WAL_FIXED_PATCH = {(3, 44): 6, (3, 50): 7}  # of versions that got the fix later
@@ -91,7 +91,7 @@ class Database:
 
     def mark_complete(self, connection: sqlite3.Connection) -> None:
         """Ends `is_new`, within a transaction that inserts what a lost database had."""
-        connection.execute(f"PRAGMA user_version = {SCHEMA_NUMBER}")
+        connection.execute(f"PRAGMA user_version = {JOBS_DATABASE_NUMBER}")
         self.is_new = False
 
     @contextmanager
@@ -171,10 +171,10 @@ def _number_in_header(path: Path) -> int:
 
 
 def _refuse_newer(path: Path, number: int) -> None:
-    if number > SCHEMA_NUMBER:
+    if number > JOBS_DATABASE_NUMBER:
         raise StorageError(
             f"the queue in {path} has the schema number {number}; kadr {__version__} reads numbers up to "
-            f"{SCHEMA_NUMBER}. A newer kadr wrote it: update kadr, or choose another folder."
+            f"{JOBS_DATABASE_NUMBER}. A newer kadr wrote it: update kadr, or choose another folder."
         )
 
 
