@@ -9,6 +9,7 @@
     "crash whole once"  the process ends at the first attempt, when the result is on disk and nobody knows
     "refuse"            never: a RequestError
     "full"              never: the disk is full
+    "refuse folder"     never: the folder of the video may not be written
     "large 5"           at once, with a report of so many megabytes
 
 Every start, and every video whose result is on disk, is a line in a log: after that line, nobody may make it again.
@@ -150,6 +151,8 @@ def _crash(arguments: list[str], report: Report, token: CancelToken, is_first: b
 
 
 def _refuse(arguments: list[str], report: Report, token: CancelToken, is_first: bool) -> None:
+    if "folder" in arguments:
+        raise MediaError("the folder output.1 may not be written to by this user. Choose another.")
     raise RequestError("frames is 7; it must be 8k+1.")
 
 

@@ -264,7 +264,7 @@ def kill_workers(bench: Bench, times: int) -> Outcome:
 
 def stop_workers(bench: Bench, times: int) -> Outcome:
     """A worker stands still in each stage of a video."""
-    bench.options["patience"] = {"beat": 1.5 if bench.maker == "fake" else 5.0}
+    bench.options["patience"] = {"beat": 1.5, "start": 5.0} if bench.maker == "fake" else {"beat": 5.0, "start": 20.0}
     return _strike_workers(bench, times, "SIGSTOP", "worker stopped (SIGSTOP)")
 
 

@@ -144,9 +144,7 @@ def test_newer_database_is_refused_and_left_as_it_is(path: Path) -> None:
         connection.execute(f"PRAGMA user_version = {JOBS_DATABASE_NUMBER + 1}")
         connection.commit()
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    with pytest.raises(
-        StorageError, match="schema number .* A newer kadr wrote it: update kadr"
-    ):
+    with pytest.raises(StorageError, match=r"schema number .* A newer kadr wrote it: update kadr"):
         Database(path)
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 

@@ -10,7 +10,7 @@ from kadr.jobs.claims import Claim
 from kadr.jobs.live_job import LiveJob, Patience
 
 PLAN = {"stage_seconds": {"text": 10.0, "denoise": 60.0, "decode": 30.0}, "layer_seconds": 3.0}
-PATIENCE = Patience(beat=5.0, cancel=2.0, stall=20.0, stall_factor=4.0, prepare=100.0)
+PATIENCE = Patience(start=50.0, beat=5.0, cancel=2.0, stall=20.0, stall_factor=4.0, prepare=100.0)
 
 
 def live_job(**fields: Any) -> LiveJob:
@@ -26,6 +26,13 @@ def progress(stage: str, step: int, of: int, eta: float | None = None) -> dict[s
     [
         ({"beat_at": 95.0, "progressed_at": 1.0}, 100.0, None),
         ({"beat_at": 94.0, "progressed_at": 1.0}, 100.0, "gave no sign of life for 5 s"),
+        ({"beat_at": 50.0, "progressed_at": 1.0, "has_started": True}, 100.0, None),
+        ({"beat_at": 49.0, "progressed_at": 1.0, "has_started": True}, 100.0, "gave no sign of life for 50 s"),
+        (
+            {"beat_at": 94.0, "progressed_at": 99.0, "has_started": True, "plan": PLAN},
+            100.0,
+            "gave no sign of life for 5 s",
+        ),
         ({"beat_at": 101.0}, 101.0, "made no progress for 100 s"),
         ({"beat_at": 200.0, "plan": PLAN}, 200.0, None),  # the longest stage of its plan, 4 times
         ({"beat_at": 241.0, "plan": PLAN}, 241.0, "made no progress for 240 s"),

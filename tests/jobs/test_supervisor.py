@@ -340,8 +340,15 @@ def test_no_job_begins_while_the_disk_is_nearly_full(
     assert running.finish(job).status == COMPLETED
 
 
-def test_job_that_fills_the_disk_waits_until_there_is_room(
-    start_queue: Callable[..., RunningQueue], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("prompt", "message", "code"),
+    [
+        ("full", "No space left on device.", "disk_full"),
+        ("refuse folder", "may not be written to by this user.", "invalid_media"),
+    ],
+)
+def test_job_that_the_disk_refuses_waits_until_it_does_not(
+    start_queue: Callable[..., RunningQueue], monkeypatch: pytest.MonkeyPatch, prompt: str, message: str, code: str
 ) -> None:
     running, has_room = start_queue(min_free_bytes=10**6), threading.Event()
 
@@ -350,15 +357,15 @@ def test_job_that_fills_the_disk_waits_until_there_is_room(
         return SimpleNamespace(free=0 if is_full else 10**9)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    job = running.submit("full")
-    wait_until(lambda: running.logged(job.id, "No space left on device.", "It waits: the disk", "has 0 MB free"))
+    job = running.submit(prompt)
+    wait_until(lambda: running.logged(job.id, message, "It waits: the disk", "has 0 MB free"))
     wait_until(lambda: running.store.get(job.id).status == QUEUED)
     time.sleep(0.3)
     assert count_lines(running.log, START) == {job.id: 1}
     has_room.set()
-    error = running.finish(job).error  # there was room, and it was not enough
+    error = running.finish(job).error  # there was room, and it did not help
     assert error is not None
-    assert error.code == "disk_full"
+    assert error.code == code
     assert count_lines(running.log, START) == {job.id: 2}
 
 

@@ -14,8 +14,9 @@ class Patience:
     """Times that a supervisor waits before it kills a worker, in seconds.
 
     Args:
-        start: until it is ready.
-        beat: between two signs of life; a worker that is stopped gives none.
+        start: until it is ready; and between two signs of life while it opens a model: a process gives none while the
+            system loads large libraries for it.
+        beat: between two signs of life otherwise; a worker that is stopped gives none.
         cancel: until it stops, once cancelled: at least this, and twice the longest layer of its plan.
         stall: without progress: at least this, and `stall_factor` times what its plan gives to the stage.
         prepare: until it has a plan: models are opened, and fetched where they are missing.
@@ -57,8 +58,10 @@ class LiveJob:
             promised = max(patience.cancel, 2 * self.plan.get("layer_seconds", 0.0))
             if now - self.cancelled_at > promised:
                 return f"did not stop within {promised:.0f} s of being cancelled"
-        if now - self.beat_at > patience.beat:
-            return f"gave no sign of life for {patience.beat:.0f} s"
+        is_opening = self.has_started and not self.plan
+        silence = max(patience.beat, patience.start) if is_opening else patience.beat
+        if now - self.beat_at > silence:
+            return f"gave no sign of life for {silence:.0f} s"
         allowed = patience.prepare
         if self.plan:
             stage_seconds = self.plan["stage_seconds"]
