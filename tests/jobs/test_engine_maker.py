@@ -21,6 +21,7 @@ from kadr.jobs.engine_maker import EngineMaker, Task, with_media_in
 from kadr.jobs.folders import write_result
 from kadr.jobs.job import canonical_json
 from kadr.jobs.worker import explain
+from kadr.kernels.cpu import malloc
 from kadr.media.clip import read_video
 from kadr.media.writer import VideoWriter
 from kadr.request.windows import Windows
@@ -144,6 +145,7 @@ def test_full_disk_is_told_from_bad_media(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(MediaError) as caught:
         make(EngineMaker(), tmp_path)
     assert explain(caught.value).code == "disk_full"
+    assert malloc._Process.running_models == 0, "the decoder is given back, though the error is still there"
 
 
 LONG = Request(

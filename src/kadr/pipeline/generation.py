@@ -5,7 +5,7 @@ Data goes one way. Each stage acquires its module from the cache and releases it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -169,7 +169,7 @@ class Generation:
         return [(1, channels, span.end - span.output_start, height, width) for span in self.resolved.spans]
 
     @torch.no_grad()
-    def decode(self, latents: Tensor | WindowedLatents, noise: Tensor | None = None) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor | WindowedLatents, noise: Tensor | None = None) -> Generator[Tensor, None, None]:
         """Decodes latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as requested.
 
         Latents of a long video may come window by window.

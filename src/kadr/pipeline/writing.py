@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ def write_video(generation: Generation, path: Path, metadata: dict[str, Any], *,
         windowed = None if window_folder is None else generation.denoise_windows(window_folder)
         with writer:
             latents = generation.denoise() if windowed is None else windowed
-            writer.write_all(frames.numpy() for frames in generation.decode(latents))
+            # Closed also if the disk is full: the error keeps the stage's frame, which would keep the decoder acquired.
+            with closing(generation.decode(latents)) as chunks:
+                writer.write_all(frames.numpy() for frames in chunks)
         if not isinstance(latents, Tensor):
             latents = latents.to_tensor()
         if window_folder is not None:
