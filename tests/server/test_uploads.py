@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -33,11 +35,13 @@ from tests.server.media import (
     image,
     jpeg,
     mp4_of_frames,
+    patch_box,
     png,
 )
 from tests.server.opened_app import ANNA, BEN, SMALL, OpenedApp
 
 ZEROS = deflated_zeros(64 << 20)
+HEIC = Path(__file__).parents[1] / "data" / "images" / "sideways.heic"
 BOMBS = {
     "PNG of 100,000 by 100,000": png(100_000, 100_000),
     "PNG of 2^31 by 2^31": png(2**31 - 1, 2**31 - 1),
@@ -56,6 +60,9 @@ BOMBS = {
     "AVIF cut": b"\0\0\0\x1cftypavif" + bytes(100),
     "HEIC of nothing": b"\0\0\0\x1cftypheic" + bytes(100),
     "HEIC with a huge box": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\xff\xff\xff\xffmeta" + bytes(100),
+    "HEIC of 2^31 by 2^31": patch_box(HEIC.read_bytes(), b"ispe", 4, b"\x7f\xff\xff\xff" * 2),
+    "HEIC cut": HEIC.read_bytes()[:300],
+    "AVIF of 2^31 by 2^31": patch_box(image("AVIF"), b"ispe", 4, b"\x7f\xff\xff\xff" * 2),
     "MP4 of 65,535 by 65,535": clip_of_size("mp4", 65_535, 65_535),
     "MP4 of 16,384 by 16,384": clip_of_size("mp4", 16_384, 16_384),
     "MP4 of 16,384 by 16": clip_of_size("mp4", 16_384, 16),
@@ -227,6 +234,12 @@ def test_requests_on_hostile_clips_are_resolved_without_opening_them(app: Opened
         assert answer.status == 200 or "IC-LoRA" in answer.error["message"], answer
 
 
+def facts(**changes: Any) -> bytes:
+    """Returns facts of an image as the process that looks at it sends them, with some of them changed."""
+    sizes = dict.fromkeys(("width", "height", "upright_width", "upright_height"), 64)
+    return json.dumps({"facts": {"kind": "image", **sizes, **changes}}).encode()
+
+
 @pytest.fixture
 def checker() -> Iterator[MediaChecker]:
     checker = MediaChecker(MediaLimits(), seconds=10.0)
@@ -354,7 +367,21 @@ def test_file_that_stops_the_checker_is_refused_and_the_next_is_not(
     assert loop.run_until_complete(checker.check(good, IMAGE)).width == 64
 
 
-@pytest.mark.parametrize("outcome", [b"no JSON", b"[]", b'{"facts": {"kind": "image"}}', b"{}", b"\x80\x04." * 100_000])
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        *(b"no JSON", b"[]", b'{"facts": {"kind": "image"}}', b"{}", b"\x80\x04." * 100_000, b'{"facts": []}'),
+        *(
+            facts(width="64"),
+            facts(width=-1),
+            facts(kind="x"),
+            facts(kind="clip"),
+            facts(fps=24.0),
+            facts(is_cut_off=0),
+        ),
+        facts(kind="clip", frames=1, fps=float("inf")),
+    ],
+)
 def test_checker_that_a_file_took_over_is_not_believed(
     loop: Any, checker: MediaChecker, tmp_path: Path, outcome: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,3 +423,43 @@ def test_upload_that_is_deleted_meanwhile_makes_no_job(app: OpenedApp, monkeypat
     jobs = app.state.queue.store.counts()
     refused(app.send("POST", "/v1/videos", token=ANNA, json_body=fields), 404, "media_not_found")
     assert app.state.queue.store.counts() == jobs
+
+
+def test_clients_take_turns_at_the_checker(
+    loop: Any, checker: MediaChecker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def check(path: Path, kind: str) -> str:
+        order.append(path.name)
+        time.sleep(0.02)
+        return path.name
+
+    async def check_all() -> None:
+        paths = [tmp_path / f"anna{number}" for number in range(10)]
+        annas = [asyncio.ensure_future(checker.check(path, IMAGE, "anna")) for path in paths]
+        await asyncio.sleep(0.01)
+        await checker.check(tmp_path / "ben", IMAGE, "ben")
+        await asyncio.gather(*annas)
+
+    monkeypatch.setattr(checker, "_check", check)
+    loop.run_until_complete(check_all())
+    assert order.index("ben") <= 2
+    assert [name for name in order if name != "ben"] == [f"anna{number}" for number in range(10)]
+    assert not checker._turns_of
+
+
+def test_checker_that_cannot_be_started_is_said(
+    loop: Any, checker: MediaChecker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(process: Any) -> None:
+        raise OSError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.get_context("spawn").Process, "start", refuse)
+        with pytest.raises(ApiError) as refusal:
+            loop.run_until_complete(checker.check(tmp_path / "x", IMAGE))
+    assert (refusal.value.status, refusal.value.code) == (503, "busy")
+    good = tmp_path / "good.png"
+    good.write_bytes(image())
+    assert loop.run_until_complete(checker.check(good, IMAGE)).width == 64

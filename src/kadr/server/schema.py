@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from kadr.jobs.job import MAX_PRIORITY
+from kadr.sampling.settings import MAX_STEPS
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_ITEMS = 64  # conditions, controls, LoRAs
@@ -74,7 +75,7 @@ class VideoSettings(StrictBody):
         None, max_length=MAX_ITEMS, description="LoRAs, by their names or with strengths."
     )
     sigmas: list[_Number] | None = Field(
-        None, max_length=10_000, description="The schedule itself, decreasing from at most 1, instead of steps."
+        None, max_length=MAX_STEPS + 1, description="The schedule itself, decreasing from at most 1, instead of steps."
     )
     skip_initial: int | None = Field(None, description="Steps left out at the front of the schedule.")
     skip_final: int | None = Field(None, description="Steps left out at its back.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -12,14 +13,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, Semaphore, to_thread
 
 from kadr.errors import MediaError
 
 HEADER_CHECK_SECONDS = 10.0
 MEMORY_BYTES = 3 << 30  # of address space, of which most is the libraries'
 MAX_OUTCOME_BYTES = 1 << 16
+RETRY_SECONDS = 5
 
 IMAGE, CLIP = "image", "clip"
 _EBML, _RIFF = b"\x1a\x45\xdf\xa3", b"RIFF"
@@ -125,16 +128,25 @@ class MediaChecker:
     def __init__(self, limits: MediaLimits, seconds: float = HEADER_CHECK_SECONDS) -> None:
         self._limits, self._seconds, self._lock = limits, seconds, Lock()
         self._turns = CapacityLimiter(1)  # those that wait take none of the threads that all routes share
+        self._turns_of: WeakValueDictionary[str, Semaphore] = WeakValueDictionary()  # one of each client waits for them
         self._process: Any = None
         self._connection: Connection | None = None
 
-    async def check(self, path: Path, kind: str) -> MediaFacts:
+    async def check(self, path: Path, kind: str, owner: str = "") -> MediaFacts:
         """Returns the facts of a file.
+
+        Args:
+            owner: whose file it is: clients take turns, however many files one has.
 
         Raises:
             MediaError: as `read_facts`; or the file stopped the process that looked at it.
+            ApiError: the process cannot be started.
         """
-        return await to_thread.run_sync(self._check, path, kind, limiter=self._turns)
+        turn = self._turns_of.get(owner)
+        if turn is None:
+            turn = self._turns_of[owner] = Semaphore(1)
+        async with turn:
+            return await to_thread.run_sync(self._check, path, kind, limiter=self._turns)
 
     def close(self) -> None:
         """Ends the process."""
@@ -151,7 +163,7 @@ class MediaChecker:
                 # Not unpickled: a file that took over that process must not take over this one.
                 outcome = json.loads(connection.recv_bytes(MAX_OUTCOME_BYTES))
                 if "facts" in outcome:
-                    return MediaFacts(**outcome["facts"])
+                    return _check_facts(**outcome["facts"])
                 message = str(outcome["error"])
             except (EOFError, OSError, ValueError, TypeError, KeyError) as error:
                 self._stop()
@@ -160,11 +172,20 @@ class MediaChecker:
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_run, args=(theirs,), name="kadr media check", daemon=True)
-        self._process.start()
-        theirs.close()
-        return self._connection
+        connection, theirs = context.Pipe()
+        process = context.Process(target=_run, args=(theirs,), name="kadr media check", daemon=True)
+        try:
+            process.start()
+        except OSError as error:
+            connection.close()
+            from kadr.server.errors import ApiError  # the process that looks at media does without its libraries
+
+            message = "the server cannot look at media now: it has too little memory. Try again later."
+            raise ApiError(503, message, code="busy", headers={"retry-after": str(RETRY_SECONDS)}) from error
+        finally:
+            theirs.close()
+        self._connection, self._process = connection, process
+        return connection
 
     def _stop(self) -> None:
         if self._connection is not None:
@@ -172,6 +193,26 @@ class MediaChecker:
             self._process.kill()
             self._process.join()
         self._connection = self._process = None
+
+
+def _check_facts(**facts: Any) -> MediaFacts:
+    """Returns what another process says of a file, if it can be true.
+
+    Raises:
+        ValueError, TypeError: it cannot.
+    """
+    checked = MediaFacts(**facts)
+    sizes = (checked.width, checked.height, checked.upright_width, checked.upright_height)
+    is_clip = checked.kind == CLIP
+    if (
+        checked.kind not in (IMAGE, CLIP)
+        or not all(type(size) is int and size > 0 for size in sizes)
+        or not (type(checked.frames) is int if is_clip else checked.frames is None)
+        or not (type(checked.fps) is float and math.isfinite(checked.fps) if is_clip else checked.fps is None)
+        or type(checked.is_cut_off) is not bool
+    ):
+        raise ValueError("these are no facts of a medium")
+    return checked
 
 
 def _run(connection: Connection) -> None:

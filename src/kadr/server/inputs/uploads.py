@@ -280,7 +280,7 @@ class IncomingUpload:
         kind, suffix = _sniff(self._head)
         path = self.folder / f"{MEDIA_STEM}{suffix}"
         await to_thread.run_sync(replace_file, self._part, path)
-        facts = await self._store.checker.check(path, kind)
+        facts = await self._store.checker.check(path, kind, self.owner)
         self.facts = StoredUpload(
             self.id, self.owner, **asdict(facts), bytes=self.num_bytes, sha256=self._digest.hexdigest(),
             created_at=self._store.clock(), suffix=suffix,
