@@ -63,14 +63,24 @@ class AppClient:
         fields += [("host", host)] if host is not None else []
         fields += [("authorization", f"Bearer {token}")] if token is not None else []
         chunks = iter([body] if isinstance(body, bytes) else body)
-        call = self._call(_scope(method, target, fields), _Receiver(chunks, is_gone, stops))
+        call = self.call(method, target, fields, chunks, is_gone, stops)
         try:
             answer = self.loop.run_until_complete(asyncio.wait_for(call, max_seconds))
         except asyncio.TimeoutError as error:
             raise EndOfPatienceError(f"{method} {target!r} was not answered in {max_seconds} s") from error
         return check_answer(answer, self.roots)
 
-    async def _call(self, scope: dict[str, Any], received: _Receiver) -> Answer:
+    async def call(
+        self,
+        method: str,
+        target: str | bytes,
+        fields: list[tuple[str, str]],
+        chunks: Iterator[bytes],
+        is_gone: bool = False,
+        stops: bool = False,
+    ) -> Answer:
+        """Returns the answer to a request, in the loop: for several at the same time. fields: all of its headers."""
+        scope, received = _scope(method, target, fields), _Receiver(chunks, is_gone, stops)
         messages: list[Any] = []
 
         async def send(message: Any) -> None:

@@ -19,7 +19,7 @@ from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import UrlSigner
 from kadr.server.stream_count import StreamCount
 
-PLANNING_THREADS = 4
+PLANNING_THREADS = 1  # warnings are caught for a whole process: two would get those of each other
 
 
 @dataclass(frozen=True)
