@@ -138,11 +138,17 @@ class Service:
         if not self._armed or stage != self._armed["stage"]:
             return
         armed, self._armed = self._armed, {}
-        worker = self.queue.supervisor.slots[0].worker
-        pid = os.getpid() if armed["target"] == "server" or worker is None else worker.pid
-        timer = Timer(armed["delay"], os.kill, (pid, armed["number"]))
+        timer = Timer(armed["delay"], self._strike, (event.job_id, armed["number"], armed["target"]))
         timer.daemon = True
         timer.start()
+
+    def _strike(self, job_id: str, number: int, target: str) -> None:
+        """Sends a signal, if the job that it is meant for is still in progress."""
+        worker = self.queue.supervisor.slots[0].worker
+        if target == "server":
+            os.kill(os.getpid(), number)
+        elif worker is not None and job_id in self.queue.supervisor.live:
+            os.kill(worker.pid or 0, number)
 
 
 def _plain(job: Job) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class Bench:
 
     def start(self, **options: Any) -> None:
         """Starts the process; raises `ServerGone` or `Refused` if it does not serve."""
+        assert self._process is None, "it runs"
         arguments = json.dumps({"maker": self.maker, **self.options, **options})
         paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
         with (self.folder / "stderr").open("a", encoding="utf-8") as stderr:
@@ -225,8 +226,9 @@ class Bench:
             assert self.folders.attempts(job["id"]) == []
         assert len(frames) <= 1, "a video differs from the others"
         self._check_log()
-        completed = sum(job["status"] == "completed" for job in jobs)
-        return f"{completed} of {completed} videos whole, none made twice"
+        whole = sum(job["status"] == "completed" for job in jobs)
+        failed = f", {len(jobs) - whole} failed as said" if whole < len(jobs) else ""
+        return f"all {len(jobs)} jobs: {whole} videos whole{failed}; none made twice"
 
     def _read_frames(self, job: Mapping[str, Any]) -> str:
         """Returns a hash of a video's frames."""
@@ -309,7 +311,7 @@ def kill_server(bench: Bench, times: int) -> Outcome:
         killed[place] += 1
     bench.close()
     bench.start()
-    states = f"{len(killed)} states: {', '.join(killed)}"
+    states = f"{len(killed)} states ({'; '.join(killed)}); jobs in progress are made again, whole ones recorded"
     return Outcome("server killed (SIGKILL) and started again", times, states, bench.verify())
 
 
@@ -438,12 +440,13 @@ def damage_database(bench: Bench, times: int) -> Outcome:
     for index in range(times):
         _lose_database(bench, overwrite)
         assert (bench.queue / f"jobs.damaged-{index + 1}.sqlite").exists()
-    happened = "said, set aside as `jobs.damaged-N.sqlite`; as for a deleted one"
+    happened = "set aside as `jobs.damaged-N.sqlite`, and said; the rest as above"
     return Outcome("database damaged while it is down", times, happened, bench.verify())
 
 
 def _lose_database(bench: Bench, lose: Callable[[], object]) -> None:
     """Loses the database of a killed server that has a finished job, one in progress and one that waits."""
+    bench.close()
     bench.start()
     made = bench.submit()
     bench.wait(made)
@@ -487,7 +490,7 @@ def damage_running_database(bench: Bench, times: int) -> Outcome:
         aside = len(list(bench.queue.glob("jobs.damaged-*.sqlite")))
         bench.close()
     bench.start()
-    happened = f"errors that say so; after a restart {aside} of {times} were set aside, the others were written over"
+    happened = f"it goes on or says so; when it is started again, {aside} of {times} are set aside, as above"
     return Outcome("database damaged while the server runs", times, happened, bench.verify())
 
 
