@@ -69,7 +69,7 @@ test: .venv/.test  ## the whole suite, on two cores
 fuzz: .venv/.test  ## 5,000 hostile commands, other ones each time, in about half an hour
 	KADR_FUZZ=10 OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz --numprocesses 2 $(ARGS)
 
-faults: .venv/.test  ## kill workers and servers, fill disks, lose databases; prints what was kept, in about ten minutes
+faults: .venv/.test  ## kill workers and servers, fill disks, lose databases; prints what was kept, in about five minutes
 	OMP_NUM_THREADS=1 $(PY) -m tests.write_faults $(ARGS)
 
 load: .venv/.test  ## load a server with 200 videos of 20 clients, in about ten minutes; prints the figures

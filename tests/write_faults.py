@@ -1,4 +1,4 @@
-"""Does to a queue what may happen to it, with the demo model, and prints a table: `make faults`, in about ten minutes.
+"""Does to a queue what may happen to it, with the demo model, and prints a table: `make faults`, in about five minutes.
 
 `--write` puts the table into docs/reference/queue.md. `--seed` repeats a run.
 """
