@@ -83,6 +83,19 @@ def test_body_that_nobody_reads_is_cut_off(server: RawServer) -> None:
     assert time.monotonic() - began < 4
 
 
+def test_request_that_never_ends_does_not_disturb_its_answer(server: RawServer, opened: OpenedApp) -> None:
+    with server.connect() as connection:
+        connection.sendall(head("GET", "/v1/events", "Content-Length: 10"))
+        content = connection.recv(1000)
+        time.sleep(1)
+        opened.state.queue.store.cancel(opened.submit())
+        while b"cancelled" not in content:
+            content += connection.recv(1000) or pytest.fail("the stream has ended")
+    video_id = opened.add_completed()
+    start = head("GET", f"/v1/videos/{video_id}/content", "Content-Length: 10", "Connection: close")
+    assert server.send(start)[0].body == b"a video"
+
+
 def test_idle_connection_is_closed_after_an_answer(server: RawServer) -> None:
     with server.connect() as connection:
         began = time.monotonic()
@@ -293,7 +306,7 @@ RANGES = (
 
 @pytest.mark.parametrize("value", RANGES)
 def test_ranges_that_lie_are_harmless(server: RawServer, opened: OpenedApp, value: str) -> None:
-    video_id = opened.add_completed(b"a video")
+    video_id = opened.add_completed()
     raw = value.encode().decode("latin-1")
     (answer,) = server.send(head("GET", f"/v1/videos/{video_id}/content", f"Range: {raw}", "Connection: close"))
     assert answer.status in (200, 206, 400, 416), answer

@@ -68,7 +68,8 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        send = _with_safe_headers(send)
+        body = _IncomingBody(receive, self._rules)
+        send = _with_safe_headers(send, body)
         try:
             headers = Headers(scope=scope)
             self._check_head(scope)
@@ -79,7 +80,7 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await self._app(scope, _IncomingBody(receive, self._rules).receive, send)
+        await self._app(scope, body.receive, send)
 
     def _check_head(self, scope: Scope) -> None:
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
@@ -165,11 +166,15 @@ class Gate:
 
 
 class _IncomingBody:
-    """A body on its way in, whose bytes are counted, and that must not stop."""
+    """A body on its way in, whose bytes are counted, and that must not stop.
+
+    Attributes:
+        is_over: it is complete, or its request is answered, and nobody waits for it.
+    """
 
     def __init__(self, receive: Receive, rules: GateRules) -> None:
         self._receive, self._rules = receive, rules
-        self._num_bytes, self._is_complete = 0, False
+        self._num_bytes, self.is_over = 0, False
         self._seconds = 0.0  # that the server has waited for it
 
     async def receive(self) -> Message:
@@ -178,29 +183,32 @@ class _IncomingBody:
         Raises:
             ApiError: the body is too large or too slow.
         """
-        if self._is_complete:
+        if self.is_over:
             return await self._receive()
         patience = self._rules.body_seconds
         began, left = time.monotonic(), patience + self._num_bytes / MIN_BYTES_PER_SECOND - self._seconds
         try:
             message = await asyncio.wait_for(self._receive(), min(left, patience))
         except asyncio.TimeoutError as error:
+            if self.is_over:  # answered meanwhile
+                return await self._receive()
             slow = f"the body comes too slowly: send at least {MIN_BYTES_PER_SECOND:,} bytes each second."
             raise ApiError(408, slow, code="too_slow", headers={"connection": "close"}) from error
         self._seconds += time.monotonic() - began
         if message["type"] == "http.request":
             self._num_bytes += len(message.get("body", b""))
-            self._is_complete = not message.get("more_body", False)
+            self.is_over = not message.get("more_body", False)
             if self._num_bytes > self._rules.max_body_bytes:
                 raise _too_large(self._rules.max_body_bytes)
         return message
 
 
-def _with_safe_headers(send: Send) -> Send:
+def _with_safe_headers(send: Send, body: _IncomingBody) -> Send:
     """Returns a `send` that tells browsers to take no answer for a page or script that it is not."""
 
     async def send_safely(message: Message) -> None:
         if message["type"] == "http.response.start":
+            body.is_over = True
             MutableHeaders(scope=message).setdefault("x-content-type-options", "nosniff")
         await send(message)
 
