@@ -83,7 +83,7 @@ def test_body_that_nobody_reads_is_cut_off(server: RawServer) -> None:
     assert time.monotonic() - began < 4
 
 
-def test_request_that_never_ends_does_not_disturb_its_answer(server: RawServer, opened: OpenedApp) -> None:
+def test_request_that_never_ends_does_not_end_its_answer(server: RawServer, opened: OpenedApp) -> None:
     with server.connect() as connection:
         connection.sendall(head("GET", "/v1/events", "Content-Length: 10"))
         content = connection.recv(1000)
