@@ -36,13 +36,14 @@ from kadr.jobs.engine_maker import EngineMaker, Task
 from kadr.kernels.cpu.malloc import tune_malloc
 from kadr.request.request import Request
 from kadr.shapes import Size
-from tests.doc_tables import markdown_table
+from tests.doc_tables import DOCS, markdown_table, write_table
 
 WORKER_CORE, SERVER_CORE = 0, 1
 REQUEST = Request("a red circle moving right on a black background", size=Size(128, 128), frames=25, steps=8)
 BODY = {"prompt": REQUEST.prompt, "size": "128x128", "frames": 25, "steps": 8}
 MAX_QUEUED = 16
 POLL_SECONDS, MAX_WAIT_SECONDS = 0.25, 1.0
+COLUMNS = ("measured", "figure", "bar")
 STARTS = 5  # of the server, for the time until it is ready
 MAX_IDLE_SECONDS = 2.0  # of a connection: servers close it after five
 MEMORY_FROM = 10  # jobs, after which memory should not grow
@@ -257,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--write", action="store_true", help="write the table into docs/reference/queue.md")
     parser.add_argument("--loop-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -269,7 +271,6 @@ def main() -> None:
         loop = [sys.executable, "-m", "benchmarks.load", "--loop-only", "--jobs", str(options.jobs)]
         loop_seconds = float(subprocess.run(loop, check=True, stdout=subprocess.PIPE, text=True).stdout)
     submit_ms, bare_ms = (1000 * percentile(values, 0.99) for values in (tally.submit_seconds, tally.bare_seconds))
-    print(machine_line(describe_machine(torch.device("cpu"))) + "\n")
     rows = [
         ("start to ready", f"{ready_seconds:.2f} s", ""),
         ("import torch", f"{import_seconds:.2f} s", ""),
@@ -284,7 +285,11 @@ def main() -> None:
         ("ratio of the two", f"{loop_seconds / seconds:.3f}", "at least 0.95"),
         (f"memory of server and worker, from video {MEMORY_FROM} to the last", f"{growth:+.1f} MB", "at most 20 MB"),
     ]
-    print(markdown_table(("measured", "figure", "bar"), rows))
+    machine = machine_line(describe_machine(torch.device("cpu")))
+    table = f"{machine}.\n\n{markdown_table(COLUMNS, rows)}"
+    print(table)
+    if options.write:
+        write_table(DOCS / "reference" / "queue.md", "make load", f"\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -14,6 +15,7 @@ import pytest
 
 from kadr.jobs.events import NOTICE, Event
 from kadr.server import connections
+from kadr.server.run import _listen
 from tests.server.answers import refused
 from tests.server.opened_app import SMALL, OpenedApp, open_app
 from tests.server.raw_http import RawServer, head, read_all, serve_app, wait_until
@@ -345,3 +347,9 @@ def test_files_that_a_process_may_open_bound_its_connections(monkeypatch: pytest
     assert connections.allowed_connections(1000) == 1
     limits[0] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     assert connections.allowed_connections(1000) == 1000
+
+
+def test_answers_are_sent_at_once() -> None:
+    """asyncio turns Nagle's algorithm off where a socket names TCP; else each answer waits 40 ms for an ACK."""
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
