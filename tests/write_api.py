@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from kadr.server import schema
-from kadr.server.routes import events, system, videos
+from kadr.server.app import ROUTERS
 from tests import doc_tables
 
 PAGE = doc_tables.DOCS / "reference" / "api.md"
@@ -25,8 +25,8 @@ _TYPES |= {"object": "object", "array": "list"}
 def describe_api() -> dict[str, Any]:
     """Returns the OpenAPI description of all routes."""
     app = FastAPI()
-    for module in (videos, events, system):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     return app.openapi()
 
 

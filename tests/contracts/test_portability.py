@@ -136,7 +136,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "os.replace": ("tries again on Windows while another program has a file open", {"file_names.py"}),
     "os.stat": (
         "only for the kind, the size and the age of a file",
-        {"jobs/folders.py", "regular_file.py", "server/routes/videos.py"},
+        {"jobs/folders.py", "regular_file.py", "server/routes/content.py"},
     ),
     "os.utime": ("OSError is suppressed", {"pipeline/prompt_cache.py"}),
     "os.walk": ("follows no links", {"jobs/folders.py", "spec/model_folders.py"}),
@@ -157,7 +157,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "signal.signal": ("of signals that this system has", {"cli/terminal/signals.py", "jobs/worker.py"}),
     "socket.AF_INET": ("exists everywhere", {"server/run.py"}),
     "socket.AF_INET6": ("exists everywhere; OSError is explained where the system has no IPv6", {"server/run.py"}),
-    "socket.IPPROTO_TCP": ("exists everywhere", {"server/connections.py"}),
+    "socket.IPPROTO_TCP": ("exists everywhere", {"server/connections.py", "server/run.py"}),
     "socket.SOCK_STREAM": ("exists everywhere", {"server/run.py"}),
     "socket.SOL_SOCKET": ("exists everywhere", {"server/run.py"}),
     "socket.SO_REUSEADDR": ("not on Windows, where it would let two servers share a port", {"server/run.py"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi.routing import APIRoute
 
-from kadr.server.routes import events, system, videos
+from kadr.server.app import ROUTERS
 
 OPEN_ROUTES = {("GET", "/health/alive")}
 ADMIN_ROUTES = {("POST", "/v1/queue/pause"), ("POST", "/v1/queue/resume"), ("GET", "/metrics")}
@@ -15,7 +15,7 @@ _UNKNOWN = {"{video_id}": UNKNOWN_VIDEO, "{upload_id}": UNKNOWN_UPLOAD, "{name:p
 
 def all_routes() -> list[tuple[str, str]]:
     """Returns method and path of every route."""
-    routes = [route for module in (videos, events, system) for route in module.router.routes]
+    routes = [route for router in ROUTERS for route in router.routes]
     assert all(isinstance(route, APIRoute) for route in routes)
     found = [(method, route.path) for route in routes for method in sorted(route.methods)]
     return [*found, ("GET", "/openapi.json")]

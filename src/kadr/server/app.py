@@ -14,9 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kadr.server.errors import ApiError, add_error_handlers
 from kadr.server.gate import Gate, GateRules
 from kadr.server.metrics import Metrics
-from kadr.server.routes import events, system, videos
+from kadr.server.routes import content, events, system, videos
 from kadr.server.state import ServerState
 from kadr.version import __version__
+
+ROUTERS = (videos.router, content.router, events.router, system.router)
 
 
 def create_app(state: ServerState, rules: GateRules) -> ASGIApp:
@@ -33,8 +35,8 @@ def create_app(state: ServerState, rules: GateRules) -> ASGIApp:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.server, app.state.log = state, state.log
-    for module in (videos, events, system):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     add_error_handlers(app)
     _complete_description(app, needs_token=bool(rules.tokens))
     gated: ASGIApp = Gate(app, rules)

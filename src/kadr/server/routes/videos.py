@@ -1,9 +1,8 @@
-"""Routes of videos: create, show, list, cancel, move, delete, fetch, remix, edit, extend, plan."""
+"""Routes of videos: create, show, list, cancel, move, delete, remix, edit, extend, plan."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -12,12 +11,10 @@ from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
-from starlette.types import Message, Receive, Scope, Send
+from fastapi.responses import JSONResponse
 
 from kadr.errors import KadrWarning, MediaError, PlanError
-from kadr.jobs.engine_maker import SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
-from kadr.jobs.job import COMPLETED, FAILED, QUEUED, Job, JobConflictError, is_job_id
+from kadr.jobs.job import QUEUED, Job, JobConflictError, is_job_id
 from kadr.media.known_headers import use_known_headers
 from kadr.media.writer import check_even_sides
 from kadr.quoting import show
@@ -29,20 +26,15 @@ from kadr.server.errors import ApiError
 from kadr.server.inputs.bodies import ParsedBody, check_body, read_body
 from kadr.server.inputs.media_sources import MediaSource, copy_sources, find_source, reference_id
 from kadr.server.routes import documents
+from kadr.server.routes.content import answer_with_file
 from kadr.server.routes.drafts import Draft, build_draft, parse_seconds, remix_draft
-from kadr.server.routes.views import SPRITESHEET, THUMBNAIL, VIDEO, base_url, format_seconds, poll_after_ms, show_video
+from kadr.server.routes.views import VIDEO, base_url, format_seconds, poll_after_ms, show_video
 from kadr.server.state import Sender, ServerState, State
 from kadr.shapes import MAX_FRAMES
 from kadr.validation import check_range
 
 MAX_KEY_CHARACTERS = 255
 SYNC_POLL_SECONDS = 0.25
-FILE_HEADERS = {"cache-control": "private, no-store", "x-content-type-options": "nosniff"}
-_FILES = {
-    VIDEO: (VIDEO_FILE, "video/mp4"),
-    THUMBNAIL: (THUMBNAIL_FILE, "image/jpeg"),
-    SPRITESHEET: (SPRITESHEET_FILE, "image/jpeg"),
-}
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=MAX_KEY_CHARACTERS)]
 router = APIRouter(prefix="/v1")
 
@@ -68,7 +60,7 @@ async def create_video_and_wait(request: Request, state: State, client: Sender) 
         await asyncio.sleep(SYNC_POLL_SECONDS)
     if job.error is not None:
         raise ApiError(422, state.hide_paths(job.error.message), code=job.error.code)
-    response = _file(state, job.id, VIDEO)
+    response = answer_with_file(state, job.id, VIDEO)
     response.headers["x-video-id"] = job.id
     return response
 
@@ -160,32 +152,6 @@ async def move_video(request: Request, state: State, client: Sender, video_id: s
     move = state.queue.store.move
     job = await to_thread.run_sync(lambda: move(video_id, before=before, owner=client.scope))
     return _answer(request, state, client, job)
-
-
-@router.head("/videos/{video_id}/content", include_in_schema=False)
-@router.get("/videos/{video_id}/content", **documents.CONTENT)
-async def get_content(
-    state: State, client: Sender, video_id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
-) -> Response:
-    """Fetches the file of a completed video, its thumbnail or its spritesheet; any range of bytes."""
-    job = state.queue.store.get(video_id, client.scope)
-    if job.status == FAILED:
-        raise ApiError(400, f"{job.id} failed: it has no content.", code="video_failed")
-    if job.status != COMPLETED:
-        raise ApiError(
-            400, f"{job.id} is {job.status}; its content comes when it is completed.", code="video_not_ready"
-        )
-    return _file(state, job.id, variant)
-
-
-@router.get("/videos/{video_id}/preview", **documents.PREVIEW_FILE)
-async def get_preview(state: State, client: Sender, video_id: str) -> Response:
-    """Fetches the newest preview of a video in progress: an animated WebP, a quarter of its size."""
-    job = state.queue.store.get(video_id, client.scope)
-    live = state.queue.supervisor.live.get(job.id)
-    if live is None or live.preview is None:
-        raise ApiError(404, f"{job.id} has no preview now.", code="preview_not_found")
-    return Response(live.preview, media_type="image/webp", headers=FILE_HEADERS)
 
 
 @router.post("/videos/{video_id}/remix", **documents.REMIX)
@@ -361,47 +327,9 @@ def _show_all(request: Request, state: ServerState, client: Client, jobs: Any) -
     return [show_video(state, client, job, base_url=base_url(request), position=positions.get(job.id)) for job in jobs]
 
 
-def _file(state: ServerState, job_id: str, variant: str) -> FileResponse:
-    name, kind = _FILES[variant]
-    path = state.queue.store.folders.output(job_id) / name
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        message = f"the {variant} of {job_id} is no longer on the server's disk."
-        raise ApiError(404, message, code="content_not_found") from error
-    return MediaResponse(
-        path,
-        media_type=kind,
-        filename=f"{job_id}{path.suffix}",
-        headers=FILE_HEADERS,
-        stat_result=found,
-        content_disposition_type="inline",
-    )
-
-
 def _cancel_quietly(state: ServerState, job_id: str) -> None:
     """Cancels a job whose client has gone, unless it is finished by now."""
     try:
         state.queue.store.cancel(job_id)
     except JobConflictError:
         return
-
-
-class MediaResponse(FileResponse):
-    """An answer with a file, or a range of it; what is wrong with a range is said in the envelope."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal: ApiError | None = None
-
-        async def send_unless_refused(message: Message) -> None:
-            nonlocal refusal
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                length = {"content-range": f"bytes */{self.headers['content-length']}"}
-                text = f"the range is not one of the {self.headers['content-length']} bytes of the file."
-                refusal = ApiError(message["status"], text, code="invalid_range", param="Range", headers=length)
-            elif refusal is None:
-                await send(message)
-
-        await super().__call__(scope, receive, send_unless_refused)
-        if refusal is not None:
-            await refusal.response()(scope, receive, send)
