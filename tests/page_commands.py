@@ -90,7 +90,11 @@ class PageRunner:
             (programs / name).chmod(0o755)
         # Without what `make test` tells the makes below it: its ARGS are not those of `make demo`.
         self.environment = {
-            **{name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")
+            },
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT / "src"),
         }

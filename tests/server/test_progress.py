@@ -22,6 +22,7 @@ from tests.server.client_server import (
     read_events,
     wait_until_finished,
 )
+from tests.server.raw_http import wait_until
 
 STEPS = {"size": "128x128", "num_frames": 25, "num_inference_steps": 12}
 HOURS = {"size": "512x512", "num_frames": 257, "num_inference_steps": 200}
@@ -168,6 +169,7 @@ def test_a_repeated_idempotency_key_makes_no_second_video(client: httpx2.Client)
 
 def test_videos_are_made_by_priority_and_place(client: httpx2.Client) -> None:
     assert set_paused(client, True)["paused"]
+    wait_until(lambda: answer_of(client.get("/v1/queue"))["in_progress"] == 0)  # of the test before
     first, second, third, urgent = (create_video(client, priority=priority)["id"] for priority in (0, 0, 0, 5))
     assert answer_of(client.post(f"/v1/videos/{third}/move", json={"before": first}))["queue_position"] == 2
     answer_of(client.post(f"/v1/videos/{first}/move", json={}))
