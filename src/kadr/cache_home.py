@@ -17,11 +17,7 @@ def cache_home() -> Path:
     """
     if kadr_cache := os.environ.get("KADR_CACHE"):
         return expand_home(kadr_cache)
-    if (xdg_home := _absolute_from_environment("XDG_CACHE_HOME")) is not None:
-        return xdg_home / "kadr"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "kadr" / "cache"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "kadr"
+    return _system_folder("XDG_CACHE_HOME", ".cache", "Library/Caches", "LOCALAPPDATA", "kadr/cache")
 
 
 def data_home() -> Path:
@@ -30,11 +26,7 @@ def data_home() -> Path:
     Raises:
         RuntimeError: this user has no home directory.
     """
-    if (xdg_home := _absolute_from_environment("XDG_DATA_HOME")) is not None:
-        return xdg_home / "kadr"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "kadr"
-    return Path.home() / ("Library/Application Support" if sys.platform == "darwin" else ".local/share") / "kadr"
+    return _system_folder("XDG_DATA_HOME", ".local/share", "Library/Application Support", "LOCALAPPDATA", "kadr")
 
 
 def config_home() -> Path:
@@ -43,11 +35,16 @@ def config_home() -> Path:
     Raises:
         RuntimeError: this user has no home directory.
     """
-    if (xdg_home := _absolute_from_environment("XDG_CONFIG_HOME")) is not None:
+    return _system_folder("XDG_CONFIG_HOME", ".config", "Library/Application Support", "APPDATA", "kadr")
+
+
+def _system_folder(xdg_variable: str, linux: str, mac: str, windows_variable: str, windows: str) -> Path:
+    """Returns kadr's folder in one of the system's places: that of the XDG standard, of Windows, or in the home."""
+    if (xdg_home := _absolute_from_environment(xdg_variable)) is not None:
         return xdg_home / "kadr"
-    if sys.platform == "win32" and (roaming := os.environ.get("APPDATA")):
-        return Path(roaming) / "kadr"
-    return Path.home() / ("Library/Application Support" if sys.platform == "darwin" else ".config") / "kadr"
+    if sys.platform == "win32" and (place := os.environ.get(windows_variable)):
+        return Path(place) / windows
+    return Path.home() / (mac if sys.platform == "darwin" else linux) / "kadr"
 
 
 def _absolute_from_environment(variable: str) -> Path | None:

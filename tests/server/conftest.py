@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from tests.server.answers import MARKER
+from tests.server.client_server import ServerProcess
 from tests.server.opened_app import OpenedApp, open_app, some_tokens
 
 
@@ -19,6 +21,21 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     yield loop
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Returns a real server on the demo model, one for each file of tests."""
+    server = ServerProcess(tmp_path_factory.mktemp("server") / "data").start()
+    yield server
+    assert server.stop() == 0, server.log()
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[httpx2.Client]:
+    """Returns a client of the real server."""
+    with server.client() as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -41,13 +41,6 @@ SETTINGS = {key: value for key, value in TINY.items() if key != "size"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = ServerProcess(tmp_path_factory.mktemp("clients") / "data").start()
-    yield server
-    assert server.stop() == 0, server.log()
-
-
-@pytest.fixture(scope="module")
 def paused_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with a token that begins no video and lets three wait."""
     folder = tmp_path_factory.mktemp("paused") / "data"
@@ -55,12 +48,6 @@ def paused_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
     server = ServerProcess(folder, arguments, {"KADR_TOKEN": "a token for the tests"}).start()
     yield server
     assert server.stop() == 0, server.log()
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[httpx2.Client]:
-    with server.client() as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

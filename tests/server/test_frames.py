@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,6 @@ from tests.server.client_server import (
 )
 
 SHAPE = {"size": "128x128", "num_frames": 25}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = ServerProcess(tmp_path_factory.mktemp("frames") / "data").start()
-    yield server
-    assert server.stop() == 0, server.log()
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[httpx2.Client]:
-    with server.client() as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

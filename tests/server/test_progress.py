@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,6 @@ from tests.server.raw_http import wait_until
 
 STEPS = {"size": "128x128", "num_frames": 25, "num_inference_steps": 12}
 HOURS = {"size": "512x512", "num_frames": 257, "num_inference_steps": 200}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = ServerProcess(tmp_path_factory.mktemp("progress") / "data").start()
-    yield server
-    assert server.stop() == 0, server.log()
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[httpx2.Client]:
-    with server.client() as client:
-        yield client
 
 
 def set_paused(client: httpx2.Client, is_paused: bool) -> dict[str, Any]:
