@@ -160,15 +160,25 @@ class QueueLimits:
         check_range("the bound on passing", self.max_passes, 0, 10**6, is_whole=True)
 
 
+def new_id(prefix: str) -> str:
+    """Returns an id that nobody can guess: the prefix and 32 hexadecimal digits."""
+    return prefix + secrets.token_hex(_ID_BYTES)
+
+
+def is_id(text: str, prefix: str) -> bool:
+    """Tells whether a text has the form of such an id, and so is safe as the name of a folder."""
+    digits = text.removeprefix(prefix)
+    return text.startswith(prefix) and len(digits) == 2 * _ID_BYTES and not set(digits) - set("0123456789abcdef")
+
+
 def new_job_id() -> str:
-    """Returns an id that nobody can guess."""
-    return ID_PREFIX + secrets.token_hex(_ID_BYTES)
+    """Returns the id of a new job."""
+    return new_id(ID_PREFIX)
 
 
 def is_job_id(text: str) -> bool:
-    """Tells whether a text has the form of an id, and so is safe as the name of a folder."""
-    digits = text.removeprefix(ID_PREFIX)
-    return text.startswith(ID_PREFIX) and len(digits) == 2 * _ID_BYTES and not set(digits) - set("0123456789abcdef")
+    """Tells whether a text has the form of a job's id; see `is_id`."""
+    return is_id(text, ID_PREFIX)
 
 
 def is_utf8(text: str) -> bool:

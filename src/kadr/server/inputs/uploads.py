@@ -6,7 +6,6 @@ import base64
 import binascii
 import hashlib
 import os
-import secrets
 import shutil
 import time
 from collections import Counter
@@ -23,13 +22,14 @@ from kadr.atomic_write import write_json
 from kadr.errors import CheckpointError
 from kadr.file_names import replace_file
 from kadr.jobs.folders import storage_error
+from kadr.jobs.job import is_id, new_id
 from kadr.json_reader import parse_json
 from kadr.quoting import quote
 from kadr.regular_file import read_text
 from kadr.server.errors import ApiError
 from kadr.server.inputs.media_check import MediaChecker, sniff
 
-UPLOAD_PREFIX, _ID_BYTES = "upload_", 16
+UPLOAD_PREFIX = "upload_"
 SIDECAR, MEDIA_STEM = "upload.json", "media"
 RETRY_SECONDS = 5  # of a client with too many uploads on their way
 _HEAD_BYTES = 12
@@ -245,7 +245,7 @@ class IncomingUpload:
 
     def __init__(self, store: UploadStore, owner: str) -> None:
         self._store, self.owner = store, owner
-        self.id = UPLOAD_PREFIX + secrets.token_hex(_ID_BYTES)
+        self.id = new_id(UPLOAD_PREFIX)
         self.folder = store.folder / self.id
         self.num_bytes, self.facts = 0, None  # type: tuple[int, StoredUpload | None]
         self._digest, self._head, self._is_kept = hashlib.sha256(), b"", False
@@ -316,9 +316,8 @@ class IncomingUpload:
 
 
 def is_upload_id(text: str) -> bool:
-    """Tells whether a text has the form of an id, and so is safe as the name of a folder."""
-    digits = text.removeprefix(UPLOAD_PREFIX)
-    return text.startswith(UPLOAD_PREFIX) and len(digits) == 2 * _ID_BYTES and not set(digits) - set("0123456789abcdef")
+    """Tells whether a text has the form of an upload's id; see `is_id`."""
+    return is_id(text, UPLOAD_PREFIX)
 
 
 def decode_data_url(url: str) -> bytes:
