@@ -42,9 +42,16 @@ help:  ## list the targets
 
 # The official package pins old versions of what it uses; without dependencies it works with today's. rtmlib asks for two
 # more builds of OpenCV, which would lie over the one that is there.
-.venv/.test: .venv/.core .venv/.node
+.venv/.test: .venv/.core .venv/.node .venv/.browser
 	$(PIP) --no-build-isolation -e '.[test]'
 	$(PIP) --no-deps ltx-video rtmlib
+	touch $@
+
+# The page is tried in a real browser, Debian's. Where it cannot be installed, those tests are skipped, and say so.
+.venv/.browser: .venv/.made
+	command -v chromium > /dev/null \
+	    || { (apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium) > .venv/browser.log 2>&1; } \
+	    || echo "Chromium could not be installed (.venv/browser.log), so the page is not tested: apt-get install chromium" >&2
 	touch $@
 
 # Clients of the server in JavaScript. Where there is no Node, PyPI has one. Without the registry of npm everything but

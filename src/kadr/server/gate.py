@@ -23,7 +23,8 @@ from kadr.server.errors import ApiError
 from kadr.server.signed_urls import UrlSigner
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-OPEN_PATHS = ("/health/alive",)  # a container's health check has no token
+# A container's health check has no token; nor has a browser that opens the page, which then asks for one.
+OPEN_PATHS, OPEN_PREFIX = ("/", "/health/alive"), "/page/"
 MAX_URL_BYTES = 8192
 MAX_HEADERS, MAX_HEADERS_BYTES = 100, 32 << 10  # of all of them
 MAX_LENGTH_DIGITS = 20
@@ -140,7 +141,7 @@ class Gate:
         if scope["method"] in ("GET", "HEAD"):
             if not authorization and rules.signer.is_valid(path, scope["query_string"]):
                 return Client(is_admin=True)  # of this one path: the signature was given to who may see it
-            if path in OPEN_PATHS:
+            if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
                 return Client()
         raise ApiError(
             401,
