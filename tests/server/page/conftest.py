@@ -14,7 +14,7 @@ from tests.server.page.browser import CHROMIUM, DESK, WITHOUT_CHROMIUM, Tab, ope
 OpenTab = Callable[..., Tab]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # its event loop runs as long as it is there, and other tests have loops of their own
 def browser() -> Iterator[Browser]:
     """Returns a browser, or skips the test where none is installed."""
     if CHROMIUM is None:

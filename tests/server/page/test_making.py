@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from playwright.sync_api import expect
 
@@ -12,26 +13,37 @@ from tests.server.page.conftest import OpenTab
 
 STEPS, ANY_NUMBER = "Steps", re.compile(r"^\d+$")
 STATUS = ".work .status p"
-PLAYS = (
-    "() => { const video = document.querySelector('.player video'); return video.currentTime > 0 && !video.paused; }"
-)
+PLAYS = """(id) => {
+    const stage = document.querySelector(`#stage[data-video="${id}"]`);
+    const video = stage?.querySelector('.player:not([hidden]) video') ?? null;
+    return video !== null && video.currentTime > 0 && !video.paused;
+}"""
 
 
-def begin(tab: Tab, prompt: str = PROMPT, *, frames: int = 25, steps: int = 40) -> None:
-    """Submits a video that takes a few seconds."""
+def begin(tab: Tab, prompt: str = PROMPT, *, frames: int = 25, steps: int = 40) -> str:
+    """Submits a video that takes a few seconds, and returns its id."""
     tab.type_prompt(prompt)
     tab.set_length(frames)
     tab.set_more(STEPS, str(steps))
-    tab.make()
+    return submit(tab, tab.make)
 
 
-def wait_for_video(tab: Tab) -> None:
-    """Waits until the video on the stage plays."""
-    tab.page.wait_for_function(PLAYS)
+def submit(tab: Tab, press: Callable[[], object]) -> str:
+    """Presses a button that makes a video, and returns its id once it is on the stage."""
+    with tab.page.expect_response("**/v1/videos") as response:
+        press()
+    video_id = response.value.json()["id"]
+    expect(tab.page.locator("#stage")).to_have_attribute("data-video", video_id)
+    return str(video_id)
+
+
+def wait_for_video(tab: Tab, video_id: str) -> None:
+    """Waits until a video plays on the stage."""
+    tab.page.wait_for_function(PLAYS, arg=video_id)
 
 
 def test_progress_and_preview_move_on_after_a_reload_and_the_video_plays(tab: Tab) -> None:
-    begin(tab, steps=120)
+    video_id = begin(tab, steps=120)
     expect(tab.page.locator(STATUS)).to_contain_text("denoising")
     expect(tab.page.locator(".work")).to_have_attribute("data-preview", ANY_NUMBER)
     first, preview = tab.number(".work progress"), tab.page.locator(".work").get_attribute("data-preview")
@@ -40,7 +52,7 @@ def test_progress_and_preview_move_on_after_a_reload_and_the_video_plays(tab: Ta
     expect(tab.page.locator(STATUS)).to_contain_text("denoising")
     tab.page.wait_for_function("(first) => document.querySelector('.work progress').value > first", arg=first)
     expect(tab.page.locator(".work")).not_to_have_attribute("data-preview", preview or "")
-    wait_for_video(tab)
+    wait_for_video(tab, video_id)
     expect(tab.page.locator(".tile")).to_have_count(1)
 
 
@@ -65,18 +77,18 @@ def test_cancelled_video_is_made_after_all(tab: Tab) -> None:
     begin(tab, "a blue ring falling on a brown background", steps=100)
     expect(tab.page.locator(STATUS)).to_contain_text("denoising")
     tab.page.get_by_role("button", name="Cancel this video").click()
-    tab.page.get_by_role("button", name="Make it after all").click()
-    expect(tab.page.locator(STATUS)).to_contain_text("denoising")
-    wait_for_video(tab)
+    video_id = submit(tab, tab.page.get_by_role("button", name="Make it after all").click)
+    wait_for_video(tab, video_id)
 
 
 def test_video_is_made_again_with_another_seed(tab: Tab) -> None:
-    begin(tab, steps=2, frames=9)
-    wait_for_video(tab)
-    seed = tab.page.locator(".about .hint").inner_text()
-    tab.page.get_by_role("button", name="Another seed").click()
-    tab.page.wait_for_function("(before) => document.querySelector('.about .hint').textContent !== before", arg=seed)
-    wait_for_video(tab)
+    first = begin(tab, steps=2, frames=9)
+    wait_for_video(tab, first)
+    facts = tab.page.locator(".about .hint").inner_text()
+    second = submit(tab, tab.page.get_by_role("button", name="Another seed").click)
+    wait_for_video(tab, second)
+    assert second != first
+    expect(tab.page.locator(".about .hint")).not_to_have_text(facts)
     expect(tab.page.locator(".about .said")).to_have_text(PROMPT)
 
 
@@ -105,23 +117,23 @@ def test_variations_wait_and_change_places(tab: Tab) -> None:
 
 def test_paused_queue_says_so_in_every_tab(server: ServerProcess, open_tab: OpenTab) -> None:
     first, second = open_tab(server), open_tab(server)
-    begin(first, steps=60)
+    video_id = begin(first, steps=60)
     first.page.get_by_role("button", name="Pause").click()
     for tab in (first, second):
         expect(tab.page.get_by_text("The queue is paused")).to_be_visible()
     second.page.get_by_role("button", name="Go on").click()
     for tab in (first, second):
         expect(tab.page.get_by_text("The queue is paused")).to_be_hidden()
-    wait_for_video(first)
+    wait_for_video(first, video_id)
 
 
 def test_frame_by_frame(tab: Tab) -> None:
-    begin(tab, frames=25, steps=2)
-    wait_for_video(tab)
+    wait_for_video(tab, begin(tab, frames=25, steps=2))
     video = tab.page.locator(".player video").first
     video.focus()
     place = tab.page.locator(".place")
     tab.page.keyboard.press("ArrowRight")
+    tab.page.wait_for_function("() => ((video) => video.paused && !video.seeking)(document.querySelector('video'))")
     before = int(tab.page.locator(".player").get_attribute("data-frame") or 0)
     expect(place).to_have_text(f"frame {before + 1} of 25")
     for step in range(1, 4):
@@ -141,7 +153,6 @@ def test_refused_request_says_why_and_keeps_everything(tab: Tab) -> None:
 
 def test_markup_in_a_prompt_is_only_text(tab: Tab) -> None:
     prompt = "<img src=x onerror=alert(1)> & <b>bold</b> \u202eevil"
-    begin(tab, prompt, frames=9, steps=1)
-    wait_for_video(tab)
+    wait_for_video(tab, begin(tab, prompt, frames=9, steps=1))
     expect(tab.page.locator(".about .said")).to_have_text(prompt)
     assert tab.page.locator("img[src=x]").count() == 0

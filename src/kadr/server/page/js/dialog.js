@@ -27,8 +27,13 @@ export function openDialog(dialog) {
 /** Opens a panel with a heading and a button to close it. */
 export function openPanel(heading, ...content) {
   const close = button("Close", () => dialog.close(), { class: "quiet" });
-  const dialog = h("dialog", { class: "panel", "aria-label": heading }, h("h2", {}, heading), ...content,
-    h("div", { class: "row end" }, close)); // prettier-ignore
+  const dialog = h(
+    "dialog",
+    { class: "panel", "aria-label": heading },
+    h("h2", {}, heading),
+    ...content,
+    h("div", { class: "row end" }, close),
+  );
   openDialog(dialog);
   return dialog;
 }

@@ -65,9 +65,17 @@ export function mountGallery(root) {
     );
     const picked = [...chosen].map((id) => videos.get(id)).filter(Boolean);
     show(bar, isChoosing);
-    bar.replaceChildren(h("span", {}, `${count(picked.length, "video")} chosen`),
-      button("Download", () => picked.forEach((video, index) => setTimeout(downloadVideo, 300 * index, video)), { class: "small", disabled: picked.length === 0 }),
-      button("Delete", () => (deleteVideos(picked), setChoosing(false)), { class: "small danger", disabled: picked.length === 0 })); // prettier-ignore
+    bar.replaceChildren(
+      h("span", {}, `${count(picked.length, "video")} chosen`),
+      button("Download", () => picked.forEach((video, index) => setTimeout(downloadVideo, 300 * index, video)), {
+        class: "small",
+        disabled: picked.length === 0,
+      }),
+      button("Delete", () => (deleteVideos(picked), setChoosing(false)), {
+        class: "small danger",
+        disabled: picked.length === 0,
+      }),
+    );
   }
   store.subscribe(["gallery", "videos", "selected"], update);
   const lookFurther = () =>
@@ -94,7 +102,11 @@ function createTile({ id }, isChoosing, onChoice) {
     return onChoice();
   });
   playOnHover(open, find);
+  let shown = null; // nothing is done for a tile whose video, and what else it shows, is as it was
   tile.update = (video, selected) => {
+    const key = [video.seq, id === selected, isChoosing() && chosen.has(id), isChoosing()].join();
+    if (key === shown) return;
+    shown = key;
     showSigned(image, video, "thumbnail_url");
     setText(text, video.prompt);
     open.setAttribute("aria-label", `${video.prompt}, seed ${video.seed}`);

@@ -49,8 +49,13 @@ export function showTab(name) {
 
 /** Builds the tabs of a phone. */
 export function mountTabs(root) {
-  const tabs = [["make", "Make"], ["queue", "Queue"], ["gallery", "Gallery"]].map(([name, text]) =>
-    button(text, () => showTab(name), { "data-tab": name, "aria-current": String(name === "make") })); // prettier-ignore
+  const tabs = [
+    ["make", "Make"],
+    ["queue", "Queue"],
+    ["gallery", "Gallery"],
+  ].map(([name, text]) =>
+    button(text, () => showTab(name), { "data-tab": name, "aria-current": String(name === "make") }),
+  );
   root.append(...tabs);
   store.subscribe(["videos"], (state) => {
     const number = [...state.videos.values()].filter((video) =>

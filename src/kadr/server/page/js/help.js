@@ -7,24 +7,37 @@ import { draft } from "./draft.js";
 import { store } from "./state.js";
 
 const POLL_MS = 700;
-const KEYS = [["Ctrl Enter", "make the video"], ["← →", "frame by frame, on the stage; move, on the timeline"], ["Space", "play or pause, on the stage"], ["Delete", "take it from the timeline"]]; // prettier-ignore
+const KEYS = [
+  ["Ctrl Enter", "make the video"],
+  ["← →", "frame by frame, on the stage; move, on the timeline"],
+  ["Space", "play or pause, on the stage"],
+  ["Delete", "take it from the timeline"],
+];
 
 /** Opens the panel. */
 export function openHelp() {
   const { system, model } = store.get();
-  const facts = system === null ? [] : [
-    ["kadr", system.version],
-    ["device", system.device],
-    ["memory", `${formatBytes(system.memory_used_bytes)} of ${formatBytes(system.memory_bytes)}`],
-    ["free on disk", formatBytes(system.disk_free_bytes)],
-    ["model", model?.id],
-    ["release", model?.release],
-    ["you", system.client || "everyone on this machine"],
-  ]; // prettier-ignore
+  const facts =
+    system === null
+      ? []
+      : [
+          ["kadr", system.version],
+          ["device", system.device],
+          ["memory", `${formatBytes(system.memory_used_bytes)} of ${formatBytes(system.memory_bytes)}`],
+          ["free on disk", formatBytes(system.disk_free_bytes)],
+          ["model", model?.id],
+          ["release", model?.release],
+          ["you", system.client || "everyone on this machine"],
+        ];
   const pairs = (list) =>
     list.filter(([, text]) => text).flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]);
-  openPanel("About this server", h("dl", {}, pairs(facts)), h("h3", {}, "Keys"), h("dl", {}, pairs(KEYS)),
-    system?.is_admin === false ? null : selftest()); // prettier-ignore
+  openPanel(
+    "About this server",
+    h("dl", {}, pairs(facts)),
+    h("h3", {}, "Keys"),
+    h("dl", {}, pairs(KEYS)),
+    system?.is_admin === false ? null : selftest(),
+  );
 }
 
 /** Builds the self-test: a verdict for each stage, and a report for an issue. */

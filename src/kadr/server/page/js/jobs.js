@@ -8,7 +8,16 @@ import { dropVideo, putVideos, store } from "./state.js";
 import { searchGallery, showError } from "./sync.js";
 import { doLater } from "./toast.js";
 
-const STAGES = { load: "loading the model", text: "reading the prompt", control: "drawing the control clip", encode: "encoding images", denoise: "denoising", upscale: "upscaling", refine: "refining", decode: "decoding" }; // prettier-ignore
+const STAGES = {
+  load: "loading the model",
+  text: "reading the prompt",
+  control: "drawing the control clip",
+  encode: "encoding images",
+  denoise: "denoising",
+  upscale: "upscaling",
+  refine: "refining",
+  decode: "decoding",
+};
 
 /** Returns what happens to a video, in a few words. */
 export function describeStage(video) {

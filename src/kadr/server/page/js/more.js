@@ -5,10 +5,27 @@ import { draft, setDraft, setMore } from "./draft.js";
 import { chooseFiles, uploadMedium } from "./media.js";
 import { store } from "./state.js";
 
-const YES_NO = [["", "recipe"], ["true", "yes"], ["false", "no"]]; // prettier-ignore
-const AUTOMATIC = [["", "as the length needs"], ["true", "yes"], ["false", "no"]]; // prettier-ignore
-const SAMPLERS = [["", "recipe"], ["euler", "Euler"], ["euler_stochastic", "Euler, stochastic"], ["res_2s", "RES 2S"]]; // prettier-ignore
-const CACHES = [["", "off"], ["first-block", "first block"], ["taylor", "Taylor"]]; // prettier-ignore
+const YES_NO = [
+  ["", "recipe"],
+  ["true", "yes"],
+  ["false", "no"],
+];
+const AUTOMATIC = [
+  ["", "as the length needs"],
+  ["true", "yes"],
+  ["false", "no"],
+];
+const SAMPLERS = [
+  ["", "recipe"],
+  ["euler", "Euler"],
+  ["euler_stochastic", "Euler, stochastic"],
+  ["res_2s", "RES 2S"],
+];
+const CACHES = [
+  ["", "off"],
+  ["first-block", "first block"],
+  ["taylor", "Taylor"],
+];
 
 /** Fields: name in the API, label, what kind of field, and what the recipe has. */
 const FIELDS = [
@@ -138,16 +155,23 @@ function controlButton() {
     const medium = file && (await uploadMedium(file));
     if (medium) setDraft({ source: { media: medium.media, name: medium.name, strength: 0.75 } });
   };
-  return h("div", { class: "row wrap" },
+  return h(
+    "div",
+    { class: "row wrap" },
     button("Follow a clip (control)", () => chooseFiles(take), { class: "small", title: "Needs an in-context LoRA" }),
-    button("Change a video", () => chooseFiles(change), { class: "small" })); // prettier-ignore
+    button("Change a video", () => chooseFiles(change), { class: "small" }),
+  );
 }
 
 /** Fields of the API that the composer has no field for: they came with the settings of a video. */
 function extraField() {
   const text = h("code", {});
-  const node = h("div", { class: "row" }, h("span", { class: "grow" }, "Also: ", text),
-    iconButton("close", "Leave these fields out", () => setDraft({ extra: {} }))); // prettier-ignore
+  const node = h(
+    "div",
+    { class: "row" },
+    h("span", { class: "grow" }, "Also: ", text),
+    iconButton("close", "Leave these fields out", () => setDraft({ extra: {} })),
+  );
   draft.subscribe(["extra"], ({ extra }) => {
     show(node, Object.keys(extra).length > 0);
     setText(text, JSON.stringify(extra));

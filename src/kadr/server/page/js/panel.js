@@ -23,15 +23,23 @@ export function mountPanel() {
     iconButton("compare", "Compare with another video of the gallery", () => toggleCompare(shown)),
     iconButton("download", "Download", () => downloadVideo(shown)),
   ];
-  const actions = h("div", { class: "row wrap" },
+  const actions = h(
+    "div",
+    { class: "row wrap" },
     button("Edit settings", () => editVideo(shown), { title: "Bring its settings into the composer" }),
     button("Make again", () => retryVideo(shown)),
     button("Another seed", () => varyVideo(shown), { title: "Make it again with another seed" }),
     done,
-    iconButton("trash", "Delete", () => deleteVideos([shown]))); // prettier-ignore
-  const copies = h("div", { class: "row wrap" },
+    iconButton("trash", "Delete", () => deleteVideos([shown])),
+  );
+  const copies = h(
+    "div",
+    { class: "row wrap" },
     button("Copy as a command", () => copyCommand(shown), { class: "small" }),
-    button("Copy as JSON", () => copy(JSON.stringify(shown.request, null, 2), "The settings are copied."), { class: "small" })); // prettier-ignore
+    button("Copy as JSON", () => copy(JSON.stringify(shown.request, null, 2), "The settings are copied."), {
+      class: "small",
+    }),
+  );
   const details = h("details", {}, h("summary", {}, "All settings"), list, copies);
   const node = h("div", { class: "about" }, prompt, facts, notices, actions, details);
   let shown = null;

@@ -86,10 +86,21 @@ function createPart(part) {
     },
   });
   const from = h("span", { class: "grow" });
-  const node = h("div", { class: "partial" }, field, h("div", { class: "row" }, from,
-    iconButton("back", "Begin this part earlier", () => moveEdge(key, -1)),
-    iconButton("forward", "Begin this part later", () => moveEdge(key, 1)),
-    iconButton("close", "Remove this prompt", () => setDraft({ parts: draft.get().parts.filter((other) => other !== find()) })))); // prettier-ignore
+  const node = h(
+    "div",
+    { class: "partial" },
+    field,
+    h(
+      "div",
+      { class: "row" },
+      from,
+      iconButton("back", "Begin this part earlier", () => moveEdge(key, -1)),
+      iconButton("forward", "Begin this part later", () => moveEdge(key, 1)),
+      iconButton("close", "Remove this prompt", () =>
+        setDraft({ parts: draft.get().parts.filter((other) => other !== find()) }),
+      ),
+    ),
+  );
   node.refresh = (current, windows) => {
     field.update();
     const { fps } = lengthOf(draft.get(), store.get().model);

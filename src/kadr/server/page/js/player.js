@@ -8,9 +8,23 @@ import { store } from "./state.js";
 
 /** Builds the player. */
 export function mountPlayer() {
-  const video = h("video", { class: "picture", loop: true, muted: true, playsinline: true, preload: "auto", tabindex: "0", "aria-label": "The video; arrow keys show it frame by frame" }); // prettier-ignore
+  const video = h("video", {
+    class: "picture",
+    loop: true,
+    muted: true,
+    playsinline: true,
+    preload: "auto",
+    tabindex: "0",
+    "aria-label": "The video; arrow keys show it frame by frame",
+  });
   video.muted = true;
-  const other = h("video", { class: "picture other", loop: true, muted: true, playsinline: true, "aria-label": "The video to compare with" }); // prettier-ignore
+  const other = h("video", {
+    class: "picture other",
+    loop: true,
+    muted: true,
+    playsinline: true,
+    "aria-label": "The video to compare with",
+  });
   other.muted = true;
   const wipe = h("input", {
     type: "range",
@@ -33,8 +47,16 @@ export function mountPlayer() {
     ],
     { "aria-label": "Use this frame in the next video" },
   );
-  const controls = h("div", { class: "row controls" }, play, iconButton("back", "Frame before", () => step(-1)),
-    iconButton("forward", "Next frame", () => step(1)), scrub, place, use); // prettier-ignore
+  const controls = h(
+    "div",
+    { class: "row controls" },
+    play,
+    iconButton("back", "Frame before", () => step(-1)),
+    iconButton("forward", "Next frame", () => step(1)),
+    scrub,
+    place,
+    use,
+  );
   const node = h("div", { class: "player" }, pictures, controls);
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   let shown = null;

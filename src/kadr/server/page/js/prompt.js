@@ -10,7 +10,11 @@ const EXAMPLES = [
   "Waves roll slowly onto a black sand beach under a heavy grey sky. Foam spreads, thins and draws back over wet pebbles. The camera glides low along the waterline. Soft, even light; fine spray in the air; calm and steady.",
   "An elderly watchmaker in a leather apron leans over a brass pocket watch and lifts a tiny gear with tweezers. Dust drifts through a beam of warm window light. Close-up, the background of shelves and clocks out of focus, the camera still.",
 ];
-const DEMO_EXAMPLES = ["a red circle moving right on a black background", "a large green triangle growing on a navy background", "a small yellow ring falls quickly on a gray background"]; // prettier-ignore
+const DEMO_EXAMPLES = [
+  "a red circle moving right on a black background",
+  "a large green triangle growing on a navy background",
+  "a small yellow ring falls quickly on a gray background",
+];
 
 /** Builds a field for a prompt. get, set: its text in the draft. check: returns what the plan says about it. */
 export function promptField({ id, label, get, set, check, rows = 3 }) {
@@ -26,8 +30,12 @@ export function promptField({ id, label, get, set, check, rows = 3 }) {
     oninput: () => (set(field.value), mark()),
     onscroll: () => (behind.scrollTop = field.scrollTop),
   });
-  const node = h("div", { class: "prompt" },
-    h("div", { class: "row between" }, h("label", { for: id }, label), counter), h("div", { class: "layers" }, behind, field)); // prettier-ignore
+  const node = h(
+    "div",
+    { class: "prompt" },
+    h("div", { class: "row between" }, h("label", { for: id }, label), counter),
+    h("div", { class: "layers" }, behind, field),
+  );
 
   function mark() {
     const found = check();
@@ -96,8 +104,12 @@ function showExamples(root, model) {
   show(root, isShown);
   if (!isShown) return;
   const prompts = model.words != null ? DEMO_EXAMPLES : EXAMPLES;
-  syncList(root, prompts, (prompt) => prompt, (prompt) =>
-    button(prompt, () => setDraft({ prompt }), { class: "example", title: "Write this prompt" })); // prettier-ignore
+  syncList(
+    root,
+    prompts,
+    (prompt) => prompt,
+    (prompt) => button(prompt, () => setDraft({ prompt }), { class: "example", title: "Write this prompt" }),
+  );
 }
 
 function addWord(word) {

@@ -26,8 +26,12 @@ export function mountQueue(root) {
     { class: "small" },
   );
   const heading = h("h2", {}, "Queue");
-  const failedHeading = h("div", { class: "row between" }, h("h3", {}, "Not made"),
-    button("Clear", () => deleteVideos(findFailed(store.get())), { class: "small quiet" })); // prettier-ignore
+  const failedHeading = h(
+    "div",
+    { class: "row between" },
+    h("h3", {}, "Not made"),
+    button("Clear", () => deleteVideos(findFailed(store.get())), { class: "small quiet" }),
+  );
   root.append(h("div", { class: "row between" }, heading, pause), none, list, failedHeading, failed);
   store.subscribe(["videos", "queue", "system"], (state) => {
     const active = findActive(state);
@@ -60,8 +64,12 @@ function createRow({ id }) {
   const prompt = h("span", { class: "one-line" });
   const stage = h("span", { class: "hint one-line" });
   const bar = h("progress", { max: 100, "aria-label": "Progress" });
-  const open = h("button", { type: "button", class: "open", onclick: () => store.set({ selected: id }) }, image,
-    h("span", { class: "text" }, prompt, stage, bar)); // prettier-ignore
+  const open = h(
+    "button",
+    { type: "button", class: "open", onclick: () => store.set({ selected: id }) },
+    image,
+    h("span", { class: "text" }, prompt, stage, bar),
+  );
   const up = iconButton("up", "Move up", () => moveBy(id, -1));
   const down = iconButton("down", "Move down", () => moveBy(id, 1));
   const others = iconButton("trash", "Cancel all others that wait", () => cancelOthers(id));
@@ -81,7 +89,6 @@ function createRow({ id }) {
     const waiting = active.filter((other) => other.status === "queued");
     setText(prompt, video.prompt);
     setText(stage, describeStage(video));
-    open.setAttribute("aria-label", `${video.prompt}: ${describeStage(video)}`);
     show(bar, !isWaiting);
     bar.value = video.progress;
     row.draggable = isWaiting;
@@ -107,9 +114,18 @@ function createFailed({ id }) {
   const prompt = h("span", { class: "one-line" });
   const reason = h("span", { class: "hint" });
   const find = () => store.get().videos.get(id);
-  const row = h("li", { class: "video failed" }, h("button", { type: "button", class: "open", onclick: () => store.set({ selected: id }) },
-    h("span", { class: "text" }, prompt, reason)), button("Again", () => retryVideo(find()), { class: "small" }),
-    button("Edit", () => editVideo(find()), { class: "small" }), iconButton("trash", "Delete", () => deleteVideos([find()]))); // prettier-ignore
+  const row = h(
+    "li",
+    { class: "video failed" },
+    h(
+      "button",
+      { type: "button", class: "open", onclick: () => store.set({ selected: id }) },
+      h("span", { class: "text" }, prompt, reason),
+    ),
+    button("Again", () => retryVideo(find()), { class: "small" }),
+    button("Edit", () => editVideo(find()), { class: "small" }),
+    iconButton("trash", "Delete", () => deleteVideos([find()])),
+  );
   row.update = (video) => {
     setText(prompt, video.prompt);
     setText(reason, describeStage(video));

@@ -11,9 +11,13 @@ const MAX_VARIATIONS = 8;
 
 /** Builds the fields. */
 export function mountShape(root) {
-  root.append(h("div", { class: "row fields" }, aspectField(), areaField(), sizeField()), shapeNote(),
-    h("div", { class: "row fields" }, secondsField(), framesField(), fpsField()), lengthNote(),
-    h("div", { class: "row fields" }, seedField(), variationsField())); // prettier-ignore
+  root.append(
+    h("div", { class: "row fields" }, aspectField(), areaField(), sizeField()),
+    shapeNote(),
+    h("div", { class: "row fields" }, secondsField(), framesField(), fpsField()),
+    lengthNote(),
+    h("div", { class: "row fields" }, seedField(), variationsField()),
+  );
 }
 
 function aspectField() {

@@ -4,7 +4,12 @@ import { h, iconButton, select, setText, setValue, show } from "./dom.js";
 import { draft, setDraft } from "./draft.js";
 import { showImage, thumbnailPath } from "./images.js";
 
-const KINDS = [["ready", "follow as it is"], ["canny", "follow its edges"], ["depth", "follow its depth"], ["pose", "follow its poses"]]; // prettier-ignore
+const KINDS = [
+  ["ready", "follow as it is"],
+  ["canny", "follow its edges"],
+  ["depth", "follow its depth"],
+  ["pose", "follow its poses"],
+];
 
 /** Builds both rows. */
 export function mountSource(root) {
@@ -14,8 +19,14 @@ export function mountSource(root) {
 function row(name, text, field) {
   const image = h("img", { alt: "" });
   const label = h("span", { class: "grow" });
-  const node = h("div", { class: "row medium" }, image, label, field,
-    iconButton("close", `Remove the video that this one ${text.toLowerCase()}`, () => setDraft({ [name]: null }))); // prettier-ignore
+  const node = h(
+    "div",
+    { class: "row medium" },
+    image,
+    label,
+    field,
+    iconButton("close", `Remove the video that this one ${text.toLowerCase()}`, () => setDraft({ [name]: null })),
+  );
   draft.subscribe([name], (state) => {
     const medium = state[name];
     show(node, medium !== null);

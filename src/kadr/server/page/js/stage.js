@@ -21,6 +21,7 @@ export function mountStage(root) {
   store.subscribe(["selected", "videos", "gallery", "connection", "compared"], () => {
     const video = findSelected();
     const status = video?.status ?? "none";
+    root.dataset.video = video?.id ?? "";
     show(empty, video === null);
     show(work, ["queued", "in_progress"].includes(status));
     show(player, status === "completed");

@@ -17,10 +17,17 @@ export function mountTimeline(root) {
   const hint = h("p", { class: "hint" }, "Drop images or clips here, or anywhere on the page.");
   const end = h("span", {});
   const add = (label, frame, text) =>
-    button(text, () => chooseFiles((files) => takeFiles(files, frame), { multiple: frame === null }),
-      { class: "small", "aria-label": label, title: label }); // prettier-ignore
-  const buttons = h("div", { class: "row" }, add("Choose the first image", 0, "+ First"),
-    add("Choose the last image", LAST, "+ Last"), add("Choose images and clips to show", null, "+ Keyframe")); // prettier-ignore
+    button(text, () => chooseFiles((files) => takeFiles(files, frame), { multiple: frame === null }), {
+      class: "small",
+      title: label,
+    });
+  const buttons = h(
+    "div",
+    { class: "row" },
+    add("Choose the first image", 0, "+ First"),
+    add("Choose the last image", LAST, "+ Last"),
+    add("Choose images and clips to show", null, "+ Keyframe"),
+  );
   const scale = h("div", { class: "row between scale" }, h("span", {}, "0 s"), buttons, end);
   root.append(h("div", { class: "timeline" }, track, hint), scale);
   takeDrops(track);
