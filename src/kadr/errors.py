@@ -29,12 +29,21 @@ class KadrError(Exception):
         message: shown on one line; see `quoting.one_line`.
         details: further lines, such as one for each file that cannot be used.
         limit: characters of a line; more only where two checksums or paths must be whole.
+        topic: what it is about, in a word or two; "" where the class says enough.
+        fix: flags that correct it, as `kadr doctor` prints them for pasting; "" where the message has the way out.
     """
 
     def __init__(
-        self, message: object = "", *, details: collections.abc.Iterable[str] = (), limit: int = MAX_LINE
+        self,
+        message: object = "",
+        *,
+        details: collections.abc.Iterable[str] = (),
+        limit: int = MAX_LINE,
+        topic: str = "",
+        fix: str = "",
     ) -> None:
         super().__init__("\n  ".join(one_line(line, limit) for line in (message, *details)))
+        self.topic, self.fix = topic, fix
 
 
 class RequestError(KadrError, ValueError):
@@ -89,9 +98,16 @@ class KadrWarning(UserWarning):
     """Something differs from the request, such as a prompt truncated at its limit. Arguments as for `KadrError`."""
 
     def __init__(
-        self, message: object = "", *, details: collections.abc.Iterable[str] = (), limit: int = MAX_LINE
+        self,
+        message: object = "",
+        *,
+        details: collections.abc.Iterable[str] = (),
+        limit: int = MAX_LINE,
+        topic: str = "",
+        fix: str = "",
     ) -> None:
         super().__init__("\n  ".join(one_line(line, limit) for line in (message, *details)))
+        self.topic, self.fix = topic, fix
 
 
 @contextlib.contextmanager

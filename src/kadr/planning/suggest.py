@@ -63,21 +63,26 @@ def warn_if_long(
     if plan.seconds <= LONG_SECONDS:
         return
     ways_out = [way for way in (_shorter_request(spec, workload, request, calibration), _distilled(spec)) if way]
-    advice = "; ".join(ways_out) if ways_out else "nothing much smaller takes less than an hour on this device"
-    warnings.warn(f"this will take {plan.describe_time()}. To shorten it: {advice}.", KadrWarning, stacklevel=4)
+    advice = "; ".join(f"{flags} {gain}" for flags, gain in ways_out)
+    message = (
+        f"this will take {plan.describe_time()}. To shorten it: "
+        f"{advice or 'nothing much smaller takes less than an hour on this device'}."
+    )
+    fix = ", or ".join(flags for flags, _ in ways_out)
+    warnings.warn(KadrWarning(message, topic="time", fix=fix), stacklevel=4)
 
 
 def _shorter_request(
     spec: ModelSpec, workload: Workload, request: ResolvedRequest, calibration: Calibration
-) -> str | None:
-    """Returns the flags of the nearest smaller request that takes less than an hour; None if none does."""
+) -> tuple[str, str] | None:
+    """Returns the flags of the nearest smaller request that takes less than an hour, and its time; None if none."""
     for size, frames in _shorter_sizes(request, spec.recipe):
         try:
             plan = Planner(spec, _shrink(workload, size, frames, request), calibration).plan()
         except PlanError:
             continue
         if plan.seconds <= LONG_SECONDS:
-            return f"--size {size} --frames {frames} would take {plan.describe_time()}"
+            return f"--size {size} --frames {frames}", f"would take {plan.describe_time()}"
     return None
 
 
@@ -100,14 +105,14 @@ def _shorter_sizes(request: ResolvedRequest, recipe: Recipe) -> Iterator[tuple[S
         yield recipe.size, recipe.frames
 
 
-def _distilled(spec: ModelSpec) -> str | None:
-    """Returns the model that was distilled from one like this to run in few steps; None if there is none."""
+def _distilled(spec: ModelSpec) -> tuple[str, str] | None:
+    """Returns the flag of the model that was distilled from one like this, and its gain; None if there is none."""
     release = spec.release
     if release is None or release.is_distilled:
         return None
     family = (release.repo, release.num_layers)
     names = [other.name for other in MODEL_RELEASES if other.is_distilled and (other.repo, other.num_layers) == family]
-    return f"--model {names[-1].removesuffix('-fp8')} takes fewer steps" if names else None
+    return (f"--model {names[-1].removesuffix('-fp8')}", "takes fewer steps") if names else None
 
 
 def _fits(planner: Planner) -> bool:

@@ -138,12 +138,11 @@ def warn_single_pass(original: Request, request: Request, recipe: Recipe) -> Non
         request: the completed request.
     """
     if request.windows is not None and recipe.multi_scale and original.multi_scale is None:
-        warnings.warn(
+        message = (
             "this model's recipe has two passes, but windows are sampled in one pass, at the full size. Pass "
-            "--single-pass to silence this warning.",
-            KadrWarning,
-            stacklevel=2,
+            "--single-pass to silence this warning."
         )
+        warnings.warn(KadrWarning(message, topic="passes", fix="--single-pass"), stacklevel=2)
 
 
 def _with_denoise_strength(request: Request) -> Request:

@@ -93,12 +93,12 @@ def warn_crops(uses: Iterable[PassFrames | PassControl], size: Size) -> None:
         fitting_loss = _loss(width, height, fitting)
         is_better = use.size == size and fitting_loss < loss - 0.02
         remedy = f" --size {fitting} would cut off {fitting_loss:.0%}." if is_better else ""
-        warnings.warn(
+        message = (
             f"{use.media.path} is {width}x{height} pixels: cropped to the aspect of {use.size}, it loses {loss:.0%} of "
-            f"them.{remedy}",
-            KadrWarning,
-            stacklevel=2,
+            f"them.{remedy}"
         )
+        fix = f"--size {fitting}" if is_better else ""
+        warnings.warn(KadrWarning(message, topic="images and clips", fix=fix), stacklevel=2)
 
 
 def _crop_loss(media: ResolvedMedia, size: Size) -> tuple[float, tuple[int, int]]:

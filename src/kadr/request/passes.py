@@ -306,12 +306,12 @@ def warn_distilled_guidance(
     """
     is_distilled = schedule.allowed_sigmas is not None or (release is not None and release.is_distilled)
     if is_distilled and resolved_pass.uses_cfg:
-        warnings.warn(
+        message = (
             f"guidance is above 1, but {name} is distilled: it was made to run without guidance, which oversaturates "
-            "its colours. Leave it out.",
-            KadrWarning,
-            stacklevel=2,
+            "its colours. Leave it out."
         )
+        fix = "--guidance 1" if resolved_pass.number == 1 else "--second-guidance 1"
+        warnings.warn(KadrWarning(message, topic="guidance", fix=fix), stacklevel=2)
 
 
 def unused_second_pass_options(
@@ -332,20 +332,18 @@ def warn_unused_second_pass(request: Request, unused: Sequence[str]) -> None:
         unused: see `unused_second_pass_options`.
     """
     if unused and not request.multi_scale:
-        warnings.warn(
+        message = (
             f"a single pass is run, and {' and '.join(unused)} given for a second is not used. Ask for two passes "
-            "with --multi-scale, or leave it out.",
-            KadrWarning,
-            stacklevel=2,
+            "with --multi-scale, or leave it out."
         )
+        warnings.warn(KadrWarning(message, topic="passes", fix="--multi-scale"), stacklevel=2)
 
 
 def warn_step_cache(resolved_pass: ResolvedPass, step_cache: StepCache | None) -> None:
     """Warns where a pass is too short to gain from a step cache."""
     if step_cache is not None and len(resolved_pass.sigmas) < MIN_STEPS:
-        warnings.warn(
+        message = (
             f"a step cache is given, and pass {resolved_pass.number} has {len(resolved_pass.sigmas)} steps: with fewer "
-            f"than {MIN_STEPS} it costs quality and saves little time. Leave it out, or give more steps.",
-            KadrWarning,
-            stacklevel=2,
+            f"than {MIN_STEPS} it costs quality and saves little time. Leave it out, or give more steps."
         )
+        warnings.warn(KadrWarning(message, topic="step cache", fix="--cache none"), stacklevel=2)

@@ -12,6 +12,7 @@ from kadr.spec.model import ModelSpec
 
 MAX_LISTED_WORDS = 8  # that a warning names
 MAX_WORD_CHARACTERS = 30  # of each of them
+WHOLE_LANGUAGE_MODEL = "ltxv-2b-0.9.8-distilled"  # the smallest release that was trained with all words, in few steps
 _WORD = re.compile(r"[\w'-]+")
 
 
@@ -21,19 +22,18 @@ def warn_of_prompts(resolved: ResolvedRequest, spec: ModelSpec) -> None:
     A LoRA may know words of its own: with one, words are not looked at.
     """
     if not all(prompt.strip() for prompt in resolved.prompts):
-        warnings.warn("the prompt is empty: the model decides what to show.", KadrWarning, stacklevel=3)
+        warnings.warn(KadrWarning("the prompt is empty: the model decides what to show.", topic="prompt"), stacklevel=3)
     if spec.release is None or not spec.release.words or spec.loras:
         return
     prompts = dict.fromkeys(resolved.all_prompts)
     if words := list(dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt, spec.release))):
         listed = ", ".join(repr(_shorten(word)) for word in words[:MAX_LISTED_WORDS])
         more = f" and {len(words) - MAX_LISTED_WORDS} more" if len(words) > MAX_LISTED_WORDS else ""
-        warnings.warn(
+        message = (
             f"{spec.release.name} was not trained with {listed}{more}, so the video need not show it; its words: `kadr "
-            f"models info {spec.release.name}`",
-            KadrWarning,
-            stacklevel=3,
+            f"models info {spec.release.name}`"
         )
+        warnings.warn(KadrWarning(message, topic="prompt", fix=f"--model {WHOLE_LANGUAGE_MODEL}"), stacklevel=3)
 
 
 def unknown_words(prompt: str, release: Release) -> list[str]:

@@ -98,4 +98,4 @@ def warn_control_lora_mismatch(request: Request, *, has_loras: bool, has_in_cont
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, KadrWarning, stacklevel=3)
+    warnings.warn(KadrWarning(message, topic="control"), stacklevel=3)

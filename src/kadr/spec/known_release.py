@@ -24,22 +24,20 @@ def require_known_recipe(checkpoint: Checkpoint) -> None:
         raise unknown_release_error(checkpoint.path, info.release_candidates)
     if info.contradicted_name is not None and info.transformer is not None:
         steps, transformer = Recipe().first_pass.steps, info.transformer
-        warnings.warn(
+        message = (
             f"{checkpoint.path} is named {info.contradicted_name}, but no release of that name has "
             f"{transformer.num_layers} layers {transformer.width} wide: kadr runs it with default settings, "
-            f"{steps} steps with CFG. Set --steps or --sigmas, and --guidance, if it was distilled.",
-            KadrWarning,
-            stacklevel=4,
+            f"{steps} steps with CFG. Set --steps or --sigmas, and --guidance, if it was distilled."
         )
+        warnings.warn(KadrWarning(message, topic="model"), stacklevel=4)
 
 
 def warn_unknown_second_release(component: ModelComponent, checkpoint: Checkpoint) -> None:
     """Warns that the second pass does not get the recipe of its model, where it is not known which of several."""
     if component.release is None and checkpoint.info.release_candidates:
         names = ", ".join(release.name for release in checkpoint.info.release_candidates)
-        warnings.warn(
+        message = (
             f"{component.name} does not say which release of LTX-Video it is, so the second pass has the settings of "
-            f"the first pass's model. Put one of these names into its name for its own settings: {names}.",
-            KadrWarning,
-            stacklevel=4,
+            f"the first pass's model. Put one of these names into its name for its own settings: {names}."
         )
+        warnings.warn(KadrWarning(message, topic="model"), stacklevel=4)

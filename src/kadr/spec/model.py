@@ -14,7 +14,8 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.predict import predict_checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError
-from kadr.models.registry import Recipe, Release
+from kadr.models.registry import DEFAULT_TEXT_ENCODER, UPSCALER, Recipe, Release
+from kadr.models.t5 import T5_XXL
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae import VAEConfig
@@ -125,7 +126,9 @@ class ModelSpec:
         if component is None:
             raise CheckpointError(
                 "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or ask "
-                "for a single pass (--single-pass)."
+                "for a single pass (--single-pass).",
+                topic="upscaler",
+                fix=f"--upscaler {UPSCALER}, or --single-pass",
             )
         return order_upscalers([open_checkpoint(component)], self.checkpoint)
 
@@ -271,7 +274,9 @@ def require_matching_text_encoder(text_encoder_checkpoint: TextEncoderCheckpoint
         raise CheckpointError(
             f"the text encoder of {text_encoder_checkpoint.path} has width {text_encoder_checkpoint.config.d_model}, "
             f"but the transformer of {checkpoint.path} takes prompt embeddings of width "
-            f"{transformer.caption_channels}. Give the text encoder it was trained with as --text-encoder."
+            f"{transformer.caption_channels}. Give the text encoder it was trained with as --text-encoder.",
+            topic="text encoder",
+            fix=f"--text-encoder {DEFAULT_TEXT_ENCODER}" if transformer.caption_channels == T5_XXL.d_model else "",
         )
 
 

@@ -93,7 +93,7 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     choice = resolve_weight_format(options.quant, transformers, device)
     notices = tuple(filter(None, (choice.notice, explain_dtype(options.dtype, device, parameters))))
     for notice in notices:
-        warnings.warn(notice, KadrWarning, stacklevel=3)
+        warnings.warn(KadrWarning(notice, topic="device"), stacklevel=3)
     first_recipe = options.recipe or (release.recipe if release else Recipe())
     first = (model.name, release)
     components = (model, second, *upscalers, text_encoder, tokenizer, vae, *lora_components)

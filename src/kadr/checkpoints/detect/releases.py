@@ -166,7 +166,9 @@ def unknown_release_error(path: Path, candidates: Iterable[Release]) -> Checkpoi
     names = ", ".join(release.name for release in candidates)
     return CheckpointError(
         f"{path} does not say which release of LTX-Video it is, and these have the same tensors but other settings: "
-        f"{names}. Pass the one it is, or was trained from, with --release NAME."
+        f"{names}. Pass the one it is, or was trained from, with --release NAME.",
+        topic="model",
+        fix="--release NAME",
     )
 
 

@@ -200,7 +200,9 @@ class LoraFile:
             if missing and not mismatched and len(missing) < len(self.layers):
                 way_out = f"{way_out.removesuffix('.')}; or pass --lora-partial to leave them out."
             raise CheckpointError(
-                f"the LoRA {self.path} does not fit {model_path}: {'; '.join(problems)}.{fits} {way_out}"
+                f"the LoRA {self.path} does not fit {model_path}: {'; '.join(problems)}.{fits} {way_out}",
+                topic="LoRA",
+                fix="--lora-partial" if "--lora-partial" in way_out else "",
             )
 
     def without_missing_layers(self, config: TransformerConfig, model_path: Path) -> LoraFile:
@@ -214,12 +216,11 @@ class LoraFile:
             self.check_fits(config, model_path)
         if not missing:
             return self
-        warnings.warn(
+        message = (
             f"{len(missing)} of the {len(self.layers)} layers of {self.path} are not in {model_path} and are left out: "
-            f"{join_first([self._layer_key_in_file(name) for name in missing])}.",
-            KadrWarning,
-            stacklevel=3,
+            f"{join_first([self._layer_key_in_file(name) for name in missing])}."
         )
+        warnings.warn(KadrWarning(message, topic="LoRA"), stacklevel=3)
         return replace(self, layers={name: layer for name, layer in self.layers.items() if name not in missing})
 
     def _compare_layers(self, config: TransformerConfig) -> tuple[list[str], dict[str, tuple[int, int]]]:
@@ -419,7 +420,8 @@ def _refuse_unexpected_keys(source: Source, unexpected_keys: Collection[str], al
             f"{problem}: {join_first(unexpected_keys)}. Without them the LoRA is incomplete; pass --lora-partial to "
             "leave them out."
         )
-    warnings.warn(f"{problem}. They are left out: {join_first(unexpected_keys)}.", KadrWarning, stacklevel=4)
+    message = f"{problem}. They are left out: {join_first(unexpected_keys)}."
+    warnings.warn(KadrWarning(message, topic="LoRA"), stacklevel=4)
 
 
 def _parse_layer(source: Source, name: str, keys_by_role: Mapping[str, str], scaling: LoraScaling) -> LoraLayer:

@@ -89,12 +89,11 @@ class PromptEncoder:
             raise CheckpointError("the tokenizer is not on disk. Fetch the text encoder first.")
         tokens = self.tokenizer.encode(text)
         if tokens.truncated_text:
-            warnings.warn(
+            message = (
                 f"the prompt {quote(text)} is longer than {tokens.ids.shape[1]} tokens; truncated: "
-                f"{quote(tokens.truncated_text)}",
-                KadrWarning,
-                stacklevel=2,
+                f"{quote(tokens.truncated_text)}"
             )
+            warnings.warn(KadrWarning(message, topic="prompt"), stacklevel=2)
         return tokens
 
 
