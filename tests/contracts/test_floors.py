@@ -24,7 +24,7 @@ FLOORS = (  # from the lowest up; __init__ re-exports the public names and may i
     "planning",
     "pipeline",
     "training bench jobs",
-    "batch",
+    "batch diagnosis",
     "__init__",
     "server",
     "cli",

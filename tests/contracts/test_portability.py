@@ -65,8 +65,11 @@ CALLS: dict[str, tuple[str, set[str]]] = {
             "pipeline/prompt_cache.py",
         },
     ),
-    "/proc": ("OSError means unknown", {"bench/peak_memory.py", "memory/cpu.py", "memory/device.py"}),
-    "/sys": ("OSError means no limit", {"memory/device.py"}),
+    "/proc": (
+        "OSError means unknown",
+        {"bench/peak_memory.py", "diagnosis/machine.py", "memory/cpu.py", "memory/device.py"},
+    ),
+    "/sys": ("OSError means no limit", {"memory/cpu.py", "memory/device.py"}),
     "FileLock": (
         "filelock has a lock of each system",
         {"cli/reservation.py", "jobs/table.py", "pipeline/longvideo/folder_lock.py"},
@@ -118,7 +121,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "os.getcwd": ("exists everywhere; its error is explained", {"cli/terminal/errors.py"}),
     "os.getloadavg": ("only if os has it, which it has not on Windows", {"bench/machine.py"}),
     "os.link": ("OSError means a copy instead", {"server/inputs/media_sources.py"}),
-    "os.lstat": ("only for the size of a file", {"jobs/folders.py"}),
+    "os.lstat": ("only for the size of a file", {"diagnosis/folders.py", "jobs/folders.py"}),
     "os.name": (
         "tells whether open files can be removed, and folders be opened",
         {"atomic_write.py", "file_names.py"},
@@ -139,7 +142,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
         {"jobs/folders.py", "regular_file.py", "server/routes/content.py"},
     ),
     "os.utime": ("OSError is suppressed", {"pipeline/prompt_cache.py"}),
-    "os.walk": ("follows no links", {"jobs/folders.py", "spec/model_folders.py"}),
+    "os.walk": ("follows no links", {"diagnosis/folders.py", "jobs/folders.py", "spec/model_folders.py"}),
     "os.write": ("to stderr; OSError is suppressed", {"cli/terminal/signals.py"}),
     "resource.RLIMIT_AS": ("only on Linux", {"server/inputs/media_check.py"}),
     "resource.RLIMIT_FSIZE": ("only on Linux", {"server/inputs/media_check.py"}),
@@ -166,8 +169,8 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "socket.socketpair": ("exists on Windows since Python 3.5", {"cli/terminal/signals.py"}),
     "subprocess.list2cmdline": ("only on Windows", {"cli/commands/quantize.py"}),
     "subprocess.run": (
-        "of sys.executable, or of git; failing means unknown",
-        {"bench/machine.py", "planning/calibration/rates.py"},
+        "of sys.executable, git or nvidia-smi; failing means unknown",
+        {"bench/machine.py", "diagnosis/machine.py", "planning/calibration/rates.py"},
     ),
 }
 

@@ -13,14 +13,9 @@ import psutil
 import torch
 
 from kadr.bench.runner import Contender
-from kadr.memory.cpu import cpu_model, cpuinfo_value
+from kadr.memory.cpu import cpu_model, instruction_sets
 from kadr.version import __version__
 
-# The instruction sets of matrix products, by their names in Linux.
-INSTRUCTION_SETS = (
-    ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "avx_vnni")
-    + ("asimddp", "bf16", "i8mm", "sve")
-)  # fmt: skip
 MATMUL_SIDES = {"cpu": 4096, "cuda": 8192}
 
 
@@ -30,7 +25,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model() or platform.processor() or platform.machine(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in cpuinfo_value("flags", "Features").split()],
+        "instruction_sets": instruction_sets(),
         "memory": psutil.virtual_memory().total,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # over the last minute, by all programs
         "system": platform.platform(terse=True),

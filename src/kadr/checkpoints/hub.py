@@ -189,7 +189,7 @@ def check_disk_space(description: str, needed_bytes: int) -> None:
     Raises:
         CheckpointError: the disk has too little free space.
     """
-    cache = _cache_folder()
+    cache = cache_folder()
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if free < needed_bytes + RESERVED_BYTES:
         raise CheckpointError(
@@ -262,7 +262,7 @@ def _download(file: RemoteFile) -> None:
     """Downloads a file into huggingface_hub's cache, resuming an earlier attempt."""
     from huggingface_hub.utils import WeakFileLock
 
-    lock = _cache_folder() / ".locks" / _repo_folder(file.repo).name / f"{file.digest}.lock"  # huggingface_hub's own
+    lock = cache_folder() / ".locks" / _repo_folder(file.repo).name / f"{file.digest}.lock"  # huggingface_hub's own
     for folder in (lock.parent, file.incomplete_path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
@@ -318,7 +318,7 @@ def _verify_digest(path: Path, file: RemoteFile) -> None:
 def _supports_symlinks() -> bool:
     from huggingface_hub.file_download import are_symlinks_supported
 
-    return are_symlinks_supported(_cache_folder())
+    return are_symlinks_supported(cache_folder())
 
 
 @contextmanager
@@ -367,7 +367,7 @@ def _as_checkpoint_error(repo: str, patterns: str, error: Exception) -> Checkpoi
     else:
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return CheckpointError(
-        f"{patterns} of {repo} is not in the cache ({_cache_folder()}) and could not be fetched: {reason}. Try again "
+        f"{patterns} of {repo} is not in the cache ({cache_folder()}) and could not be fetched: {reason}. Try again "
         f"with a network; or download it from {_url(repo)} on another machine and give its path instead of a name, or "
         f"copy {_repo_folder(repo).name} from that machine's cache."
     )
@@ -386,10 +386,11 @@ def _repo_folder(repo: str) -> Path:
     with _explain_settings():
         from huggingface_hub.file_download import repo_folder_name
 
-    return _cache_folder() / repo_folder_name(repo_id=repo, repo_type="model")
+    return cache_folder() / repo_folder_name(repo_id=repo, repo_type="model")
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Returns the folder of huggingface_hub's cache."""
     with _explain_settings():
         from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -11,7 +11,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kadr.cli.commands import batch, bench, convert, generate, inspect, models, plan, quantize, rerun, serve, train_lora
+from kadr.cli.commands import (
+    batch,
+    bench,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    models,
+    plan,
+    quantize,
+    rerun,
+    serve,
+    train_lora,
+)
 from kadr.cli.flags.official import OfficialCommand
 from kadr.cli.terminal.closed_streams import open_closed_streams
 from kadr.cli.terminal.errors import (
@@ -81,6 +94,7 @@ def _about(
 
 app.command(cls=OfficialCommand, epilog=generate.GENERATE_EPILOG)(handle_errors()(generate.generate))
 app.command(cls=OfficialCommand, epilog=plan.PLAN_EPILOG)(handle_errors()(plan.plan))
+app.command(cls=OfficialCommand, epilog=doctor.DOCTOR_EPILOG)(handle_errors()(doctor.doctor))
 app.command(cls=OfficialCommand, epilog=batch.BATCH_EPILOG)(handle_errors()(batch.batch))
 app.command(epilog=rerun.RERUN_EPILOG)(handle_errors()(rerun.rerun))
 app.command()(handle_errors()(inspect.inspect))

@@ -178,16 +178,28 @@ def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+def container_limit_bytes() -> int | None:
+    """Returns a container's limit on memory, on Linux; None without one."""
+    limit, _ = _cgroup_limit_and_use()
+    return limit if limit < psutil.virtual_memory().total else None
+
+
 def _cgroup_free_bytes() -> int:
     """Returns the free memory under a container's limit, on Linux; sys.maxsize without one."""
+    limit, used = _cgroup_limit_and_use()
+    return limit if limit == sys.maxsize else max(0, limit - used + _inactive_file_bytes())
+
+
+def _cgroup_limit_and_use() -> tuple[int, int]:
+    """Returns a container's limit and use of memory; sys.maxsize and 0 without a limit."""
     for limit, used in _CGROUP_FILES:
         try:
             limit_text, used_text = Path(limit).read_text("utf-8"), Path(used).read_text("utf-8")
         except OSError:
             continue
         if limit_text.strip().isdecimal():
-            return max(0, int(limit_text) - int(used_text) + _inactive_file_bytes())
-    return sys.maxsize
+            return int(limit_text), int(used_text)
+    return sys.maxsize, 0
 
 
 def _inactive_file_bytes() -> int:

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.models.training_range import DEMO_RANGE, LTX_VIDEO_RANGE, TrainingRange
 from kadr.quoting import quote
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import Guidance, Pass
@@ -79,6 +80,7 @@ class Release:
         upscaler: name of the release of the spatial upscaler that the second pass needs.
         vae: name of the release with the VAE, if this one has none.
         recipe: defaults of a model.
+        trained_at: sizes, frame counts and frame rates that a model was trained at.
         description: says in a sentence what it is.
         words: kind of words -> all words, or phrases, of that kind that the model was trained with; {} for a model that
             was trained with the whole language.
@@ -98,6 +100,7 @@ class Release:
     upscaler: str | None = None
     vae: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
+    trained_at: TrainingRange = LTX_VIDEO_RANGE
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
@@ -278,6 +281,7 @@ RELEASES: tuple[Release, ...] = (
         licence="Apache-2.0",
         upscaler="demo-upscaler",
         recipe=_DEMO,
+        trained_at=DEMO_RANGE,
         description=f"a small model that comes with kadr and draws {_DEMO_SCENES}",
         words=_DEMO_WORDS,
     ),
@@ -290,6 +294,7 @@ RELEASES: tuple[Release, ...] = (
         upscaler="demo-upscaler",
         vae="demo",
         recipe=_DEMO_DISTILLED,
+        trained_at=DEMO_RANGE,
         description="the demo, distilled to few steps without guidance, in two passes",
         words=_DEMO_WORDS,
     ),

@@ -45,17 +45,7 @@ class DryRun:
         """Returns plain data, as `--dry-run --json` prints it."""
         resolved = self.resolved
         return {
-            "components": [
-                {
-                    "role": component.role,
-                    "name": component.name,
-                    "release": component.release.name if component.release else None,
-                    "path": component.path and str(component.path),
-                    "bytes_to_fetch": component.bytes_to_fetch,
-                    "strengths": component.strengths,
-                }
-                for component in self.components
-            ],
+            "components": [component.to_json() for component in self.components],
             "size": {"requested": str(resolved.size), "sampled": str(resolved.sampled_size)},
             "frames": {"requested": resolved.frames, "sampled": resolved.sampled_frames},
             "fps": resolved.fps,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, KadrWarning, RequestError
@@ -91,6 +91,17 @@ class ModelComponent:
         if self.path is not None:
             return 0
         return None if self.release is None else self.release.size_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data, with the name of the release."""
+        return {
+            "role": self.role,
+            "name": self.name,
+            "release": self.release.name if self.release else None,
+            "path": self.path and str(self.path),
+            "bytes_to_fetch": self.bytes_to_fetch,
+            "strengths": self.strengths,
+        }
 
 
 class ModelFile(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.pipeline.dry_run import DryRun
@@ -22,7 +22,9 @@ def format_dry_run(dry_run: DryRun, *, as_json: bool) -> str:
 
 
 def _lines(dry_run: DryRun) -> Iterator[str]:
-    yield from format_columns([*_components(dry_run), *_video(dry_run), *_media(dry_run), *_decoding(dry_run)])
+    yield from format_columns(
+        [*component_rows(dry_run.components), *_video(dry_run), *_media(dry_run), *_decoding(dry_run)]
+    )
     for resolved_pass in dry_run.passes:
         yield ""
         yield _headline(resolved_pass)
@@ -31,8 +33,9 @@ def _lines(dry_run: DryRun) -> Iterator[str]:
     yield f"{dry_run.resolved.model_evaluations} model evaluations."
 
 
-def _components(dry_run: DryRun) -> Iterator[tuple[str, str]]:
-    for component in dry_run.components:
+def component_rows(components: Iterable[ModelComponent]) -> Iterator[tuple[str, str]]:
+    """Yields the role of each component, and its name, release, state on disk and strengths."""
+    for component in components:
         yield component.role, f"{component.name}{_release(component)}{_disk_state(component)}{_strengths(component)}"
 
 
