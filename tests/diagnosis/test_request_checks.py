@@ -8,18 +8,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from kadr.diagnosis.diagnose import diagnose_request
 from kadr.diagnosis.finding import ERROR, NOTE, QUALITY, SPEED, Finding, Findings
+from kadr.media.writer import VideoWriter
 from kadr.models.registry import DISTILLED_SIGMAS
 from kadr.planning import planner, suggest
-from kadr.request.inputs import Condition
+from kadr.request.inputs import Condition, Control
 from kadr.request.request import Request
 from kadr.request.windows import Windows
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import StepCache
+from kadr.shapes import Size
 from kadr.spec.model import ModelSpec, SpecOptions
 from kadr.spec.open import open_spec
 
@@ -138,8 +141,8 @@ CASES = {
     ),
     "single pass": Case(NOTE, "passes", "--multi-scale", {"multi_scale": False}, DISTILLED_DEMO),
     "windows of a recipe of two passes": Case(
-        QUALITY,
-        "passes",
+        NOTE,
+        "windows",
         "--single-pass",
         {"windows": Windows(frames=25), "frames": 41},
         DISTILLED_DEMO,
@@ -252,11 +255,22 @@ def test_a_request_by_the_recipe_has_no_findings() -> None:
 
 def test_a_cropped_image_is_found_with_the_size_that_fits(tmp_path: Path) -> None:
     path = tmp_path / "tall.png"
-    Image.new("RGB", (100, 200)).save(path)
+    Image.new("RGB", (300, 900)).save(path)
     condition = Condition(media=str(path))
     (found,) = diagnose(DEMO, {}, {"conditions": (condition,)})
-    assert (found.kind, found.topic, found.fix) == (QUALITY, "images and clips", "--size 96x160")
-    assert diagnose(DEMO, {}, {"conditions": (condition,), "size": (128, 256)}) == ()
+    assert (found.kind, found.topic, found.fix) == (QUALITY, "images and clips", "--size 64x192")
+    for size in ((96, 288), "auto"):
+        assert diagnose(DEMO, {}, {"conditions": (condition,), "size": size}) == ()
+
+
+def test_a_clip_that_is_too_long_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    with VideoWriter(path, Size(128, 128), 24) as writer:
+        writer.write(np.zeros((30, 128, 128, 3), np.uint8))
+    found = diagnose(DEMO, {"loras": ("demo-ic-lora-canny",)}, {"controls": (Control(media=str(path)),)})
+    assert [(finding.kind, finding.topic) for finding in found] == [(NOTE, "clip")]
+    (found_condition,) = diagnose(DEMO, {}, {"conditions": (Condition(media=str(path), is_clip=True),)})
+    assert (found_condition.kind, found_condition.topic) == (NOTE, "clip")
 
 
 def test_an_error_is_a_finding_and_the_checks_of_the_model_go_on(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ _TOPIC_BY_ERROR = {
     RequestError: "request",
 }
 # Kinds of what is warned of, by topic; other topics cost quality. Warnings without a topic are about names and files.
-_KIND_BY_TOPIC = {"time": SPEED, "device": SPEED, "clip": NOTE, "": NOTE}
+_KIND_BY_TOPIC = {"time": SPEED, "device": SPEED, "clip": NOTE, "windows": NOTE, "": NOTE}
 
 
 @dataclass(frozen=True)

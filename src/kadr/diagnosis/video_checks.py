@@ -10,6 +10,7 @@ from kadr.request.fit_size import fitting_size
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.spec.model import ModelSpec
 
+PIXEL_TOLERANCE = 0.3  # `--size auto` uses fewer pixels than the recipe where sides of multiples of 32 leave no choice
 FPS_TOLERANCE = 0.05  # 23.976 is as good as 24
 
 
@@ -24,7 +25,7 @@ def _check_size(spec: ModelSpec, resolved: ResolvedRequest) -> Iterator[Finding]
     trained, size, good = _trained_at(spec), resolved.size, spec.recipe.size
     pixels = resolved.sampled_size.width * resolved.sampled_size.height
     fix = f"--size {fitting_size(size.width, size.height, good.width * good.height)}"
-    if pixels < trained.min_pixels:
+    if pixels < (1 - PIXEL_TOLERANCE) * trained.min_pixels:
         message = f"{size} is small for this model, which is good at {good}: faces and details melt."
         yield Finding(QUALITY, "size", message, fix)
     elif pixels > trained.max_pixels:

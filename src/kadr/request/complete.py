@@ -142,7 +142,7 @@ def warn_single_pass(original: Request, request: Request, recipe: Recipe) -> Non
             "this model's recipe has two passes, but windows are sampled in one pass, at the full size. Pass "
             "--single-pass to silence this warning."
         )
-        warnings.warn(KadrWarning(message, topic="passes", fix="--single-pass"), stacklevel=2)
+        warnings.warn(KadrWarning(message, topic="windows", fix="--single-pass"), stacklevel=2)
 
 
 def _with_denoise_strength(request: Request) -> Request:

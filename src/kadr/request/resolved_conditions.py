@@ -118,7 +118,7 @@ def _trim_clip(condition: Condition, clip: ResolvedMedia, max_frames: int) -> Re
 
 
 def _warn(message: str) -> None:
-    warnings.warn(KadrWarning(message, topic="images and clips"), stacklevel=2)
+    warnings.warn(KadrWarning(message, topic="clip"), stacklevel=2)
 
 
 def conditions_intersect(first: ResolvedCondition, second: ResolvedCondition) -> bool:

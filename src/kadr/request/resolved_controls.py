@@ -67,7 +67,8 @@ def _resolve_control_clip(control: Control, frames: int) -> ResolvedMedia:
         of_range = " of its frame range" if control.frame_range else ""
         _warn(
             f"{control.media} is longer than the {frames} frames of the video; only the first {frames}{of_range} are "
-            "followed."
+            "followed.",
+            topic="clip",
         )
     return clip.select(min(frame, len(clip) - 1) for frame in range(snap_frames(frames)))
 
@@ -97,5 +98,5 @@ def warn_control_lora_mismatch(request: Request, *, has_loras: bool, has_in_cont
         )
 
 
-def _warn(message: str) -> None:
-    warnings.warn(KadrWarning(message, topic="control"), stacklevel=3)
+def _warn(message: str, topic: str = "control") -> None:
+    warnings.warn(KadrWarning(message, topic=topic), stacklevel=3)
