@@ -1,4 +1,4 @@
-"""How the page looks and feels: at any width, with 500 videos, by keyboard, and to those who cannot see it."""
+"""Looks and feel of the page: at any width, with 500 videos, by keyboard, and for those who cannot see it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from playwright.sync_api import expect
 
 from tests.server.client_server import PROMPT, ServerProcess, png
-
 from tests.server.page.conftest import OpenTab
 from tests.server.page.test_making import ANY_NUMBER, STATUS, begin, wait_for_video
 
