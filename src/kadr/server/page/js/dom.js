@@ -30,10 +30,11 @@ export function show(node, isShown) {
   node.hidden = !isShown;
 }
 
-/** Sets a field's value, unless its user is typing there. */
+/** Sets a field's value, unless its user is typing a figure there, which may not be complete. */
 export function setValue(field, value) {
   const text = String(value ?? "");
-  if (field.value !== text && document.activeElement !== field) field.value = text;
+  const isTyping = document.activeElement === field && field.matches("input");
+  if (field.value !== text && !isTyping) field.value = text;
 }
 
 /** Returns a button with an icon, whose name is told and shown on hover. */

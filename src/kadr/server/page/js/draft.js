@@ -41,7 +41,7 @@ export function clearDraft() {
 
 /** Returns an empty draft. */
 export function emptyDraft() {
-  return { ...EMPTY };
+  return structuredClone(EMPTY);
 }
 
 /** Adds an image or clip to the timeline. medium: {media, kind, frames, width, height, name}. */

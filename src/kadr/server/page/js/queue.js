@@ -127,6 +127,7 @@ function createFailed({ id }) {
     iconButton("trash", "Delete", () => deleteVideos([find()])),
   );
   row.update = (video) => {
+    row.classList.toggle("cancelled", video.error?.code === "cancelled");
     setText(prompt, video.prompt);
     setText(reason, describeStage(video));
   };
