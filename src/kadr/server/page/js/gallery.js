@@ -2,7 +2,7 @@
 
 import { button, count, debounce, h, iconButton, setText, show, syncList } from "./dom.js";
 import { showSigned } from "./images.js";
-import { deleteVideos, downloadVideo } from "./jobs.js";
+import { deleteVideos, downloadVideo, selectVideo } from "./jobs.js";
 import { store } from "./state.js";
 import { loadMore, searchGallery } from "./sync.js";
 
@@ -97,7 +97,7 @@ function createTile({ id }, isChoosing, onChoice) {
   const tile = h("li", { class: "tile" }, open);
   const find = () => store.get().videos.get(id);
   open.addEventListener("click", () => {
-    if (!isChoosing()) return store.set({ selected: id });
+    if (!isChoosing()) return selectVideo(id);
     chosen.has(id) ? chosen.delete(id) : chosen.add(id);
     return onChoice();
   });

@@ -31,12 +31,18 @@ export function describeStage(video) {
   return `${STAGES[video.stage] ?? "loading the model"}${steps}`;
 }
 
+/** Puts a video on the stage, and the stage in sight. */
+export function selectVideo(id) {
+  store.set({ selected: id });
+  document.getElementById("stage").scrollIntoView({ block: "start" });
+}
+
 /** Makes a video again. seed: another one. */
 export async function retryVideo(video, seed = video.seed) {
   try {
     const made = await submit({ ...video.request, seed });
     putVideos([made]);
-    store.set({ selected: made.id });
+    selectVideo(made.id);
   } catch (error) {
     showError(error);
   }

@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { button, count, h, iconButton, setText, show, syncList } from "./dom.js";
 import { imageUrl, showImage, thumbnailPath } from "./images.js";
-import { cancelVideo, deleteVideos, describeStage, editVideo, retryVideo } from "./jobs.js";
+import { cancelVideo, deleteVideos, describeStage, editVideo, retryVideo, selectVideo } from "./jobs.js";
 import { findActive, findFailed, store } from "./state.js";
 import { loadPlaces, showError } from "./sync.js";
 
@@ -66,7 +66,7 @@ function createRow({ id }) {
   const bar = h("progress", { max: 100, "aria-label": "Progress" });
   const open = h(
     "button",
-    { type: "button", class: "open", onclick: () => store.set({ selected: id }) },
+    { type: "button", class: "open", onclick: () => selectVideo(id) },
     image,
     h("span", { class: "text" }, prompt, stage, bar),
   );
@@ -119,7 +119,7 @@ function createFailed({ id }) {
     { class: "video failed" },
     h(
       "button",
-      { type: "button", class: "open", onclick: () => store.set({ selected: id }) },
+      { type: "button", class: "open", onclick: () => selectVideo(id) },
       h("span", { class: "text" }, prompt, reason),
     ),
     button("Again", () => retryVideo(find()), { class: "small" }),
