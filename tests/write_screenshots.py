@@ -1,6 +1,6 @@
-"""Takes pictures of the page in many states, to be looked at, and writes two of them into docs/images.
+"""Takes screenshots of the page in many states, to be looked at, and writes two of them into docs/images.
 
-    python -m tests.write_screenshots [FOLDER]
+python -m tests.write_screenshots [FOLDER]
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ STATES: tuple[State, ...] = (empty, playing, busy, long_video, refused)
 
 
 def take(browser: Browser, server: ServerProcess, state: State, folder: Path) -> None:
-    """Takes the pictures of a state."""
+    """Takes the screenshots of a state."""
     for name, size in (("desk", DESK), ("phone", PHONE)):
         for scheme in ("light", "dark"):
             context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def take(browser: Browser, server: ServerProcess, state: State, folder: Path) ->
 
 
 def main(folder: Path) -> None:
-    """Takes all pictures."""
+    """Takes all screenshots."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as data, open_browser() as browser:
         server = ServerProcess(Path(data) / "data").start()

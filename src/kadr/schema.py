@@ -25,8 +25,8 @@ CALIBRATION_NUMBER = 1
 EXAMPLE_CACHE_NUMBER = 3
 PREVIEW_CACHE_NUMBER = 1
 
-# A newer database is refused; an older one will be upgraded by `jobs.database`, in SQL.
-JOBS_DATABASE_NUMBER = 1
+# A newer database is refused; an older one is upgraded by `jobs.database`, in SQL.
+JOBS_DATABASE_NUMBER = 2
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
             "cli/reservation.py",
             "jobs/database.py",
             "jobs/engine_maker.py",
+            "jobs/folders.py",
             "jobs/store.py",
             "media/writer.py",
             "pipeline/longvideo/folder_lock.py",

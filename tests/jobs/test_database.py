@@ -244,3 +244,16 @@ def test_commits_wait_for_the_disk(path: Path) -> None:
         ((journal,),) = database.rows("PRAGMA journal_mode")
     assert synchronous == 2  # FULL
     assert journal in ("wal", "truncate")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_database_of_an_older_kadr_gets_what_it_lacks(path: Path, number: int) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("ALTER TABLE jobs DROP COLUMN is_favorite")
+        connection.execute(f"PRAGMA user_version = {number}")
+        connection.commit()
+    with closing(Database(path, lambda row: row["is_favorite"])) as database:
+        assert [tuple(row) for row in database.rows("SELECT id, is_favorite FROM jobs")] == [("a", 0), ("b", 0)]
+        assert database.is_new == (number == 0)
+        expected = JOBS_DATABASE_NUMBER if number else 0
+        assert [tuple(row) for row in database.rows("PRAGMA user_version")] == [(expected,)]

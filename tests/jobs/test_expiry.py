@@ -40,17 +40,17 @@ def test_retention_out_of_range_is_refused(retention: dict[str, float]) -> None:
 
 
 def test_nothing_expires_by_default(store: JobStore, clock: Clock) -> None:
-    complete(store, "a")
+    job = complete(store, "a")
     clock.now += 10_000 * DAY
     assert delete_expired(store, Retention()) == []
-    assert Retention().expires_at(clock.now) is None
+    assert Retention().expires_at(job) is None
 
 
 def test_old_jobs_expire(store: JobStore, clock: Clock) -> None:
     old = complete(store, "old")
     clock.now += 2 * DAY
     complete(store, "new")
-    assert Retention(max_age=DAY).expires_at(old.finished_at) == (old.finished_at or 0) + DAY
+    assert Retention(max_age=DAY).expires_at(old) == (old.finished_at or 0) + DAY
     assert delete_expired(store, Retention(max_age=DAY)) == [old.id]
     assert remaining(store) == ["new"]
     assert not store.folders.path(old.id).exists()
@@ -107,3 +107,14 @@ def test_job_that_somebody_deletes_meanwhile_is_no_error(
     monkeypatch.setattr(store, "delete", delete_both)
     assert set(delete_expired(store, Retention(max_age=DAY))) == {first.id, second.id}
     assert remaining(store) == []
+
+
+def test_favourites_never_expire(store: JobStore, clock: Clock) -> None:
+    favourite, other = complete(store, "favourite", 10_000), complete(store, "other", 10_000)
+    job = store.set_favorite(favourite.id, True)
+    assert job.is_favorite
+    clock.now += 2 * DAY
+    assert Retention(max_age=DAY).expires_at(job) is None
+    assert delete_expired(store, Retention(max_age=DAY, max_bytes=5000)) == [other.id]
+    store.set_favorite(favourite.id, False)
+    assert delete_expired(store, Retention(max_age=DAY)) == [favourite.id]

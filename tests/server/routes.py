@@ -14,10 +14,10 @@ _UNKNOWN = {"{video_id}": UNKNOWN_VIDEO, "{upload_id}": UNKNOWN_UPLOAD, "{name:p
 
 
 def all_routes() -> list[tuple[str, str]]:
-    """Returns method and path of every route."""
+    """Returns method and path of every route but those of the page, which are not of the API."""
     routes = [route for router in ROUTERS for route in router.routes]
     assert all(isinstance(route, APIRoute) for route in routes)
-    found = [(method, route.path) for route in routes for method in sorted(route.methods)]
+    found = [(method, route.path) for route in routes if route.include_in_schema for method in sorted(route.methods)]
     return [*found, ("GET", "/openapi.json")]
 
 

@@ -181,7 +181,7 @@ NOT_HTTP = {
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "HTTP/0.9": b"GET /\r\n\r\n",
-    "HTTP/9": b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n",
+    "HTTP/9": b"GET /nothing HTTP/9.9\r\nHost: localhost\r\n\r\n",
     "SSH": b"SSH-2.0-OpenSSH_9.6\r\n",
     "zeros": bytes(1000),
     "lines": b"\r\n" * 20_000,

@@ -12,7 +12,7 @@ from tests.server.media import clip, image
 from tests.server.opened_app import ADMIN, ANNA, BEN, SMALL, OpenedApp
 from tests.server.routes import UNKNOWN_UPLOAD, UNKNOWN_VIDEO, VIDEO_ROUTES, fill
 
-BODIES: dict[str, Any] = {"remix": {"prompt": "x"}, "move": {}}
+BODIES: dict[str, Any] = {"remix": {"prompt": "x"}, "move": {}, "favorite": {"favorite": True}}
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     error TEXT,
     result TEXT,
     size_bytes INTEGER NOT NULL DEFAULT 0,
+    is_favorite INTEGER NOT NULL DEFAULT 0,
     idempotency_key TEXT,
     idempotency_digest TEXT,
     CHECK ((status = 'completed') = (result IS NOT NULL)),
@@ -61,6 +62,8 @@ CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_key ON jobs (owner, idempotency_key) W
 CREATE TABLE IF NOT EXISTS counters (seq INTEGER NOT NULL, fence INTEGER NOT NULL);
 INSERT INTO counters SELECT 0, 0 WHERE NOT EXISTS (SELECT 1 FROM counters);
 """
+# Columns of later numbers than the first. Upgrade 1 -> 2: jobs may be favourites.
+_ADDED_COLUMNS = {"is_favorite": "INTEGER NOT NULL DEFAULT 0"}
 
 
 class Database:
@@ -148,6 +151,7 @@ class Database:
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
+    connection.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite's own LOWER is for ASCII
     connection.execute("PRAGMA synchronous = FULL")  # an accepted job survives a power cut
     connection.execute(f"PRAGMA journal_mode = {'WAL' if _is_wal_safe(sqlite3.sqlite_version_info) else 'TRUNCATE'}")
     return connection
@@ -178,21 +182,33 @@ def _refuse_newer(path: Path, number: int) -> None:
         )
 
 
+def _upgrade(connection: sqlite3.Connection, number: int) -> None:
+    """Adds what an older kadr did not store to a database of an earlier number; 0: of one that it had not finished."""
+    columns = {row["name"] for row in connection.execute("PRAGMA table_info(jobs)")}
+    if columns and (missing := _ADDED_COLUMNS.keys() - columns):
+        connection.execute("BEGIN IMMEDIATE")
+        for name in sorted(missing):
+            connection.execute(f"ALTER TABLE jobs ADD COLUMN {name} {_ADDED_COLUMNS[name]}")
+        connection.execute(f"PRAGMA user_version = {JOBS_DATABASE_NUMBER if number else 0}")
+        connection.execute("COMMIT")
+
+
 def _find_damage(path: Path, read_row: Callable[[sqlite3.Row], object]) -> str | None:
-    """Returns what is wrong with a database file, or None.
+    """Returns what is wrong with a database file, or None. One of an earlier number is upgraded.
 
     Raises:
         StorageError: a newer kadr wrote it, and had not finished when it ended.
         sqlite3.Error: the system does not let it be read, which says nothing of the file.
     """
     try:
-        with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as connection:
+        with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
             connection.row_factory = sqlite3.Row
             ((verdict, *_),) = connection.execute("PRAGMA integrity_check(1)").fetchall()
             if verdict != "ok":
                 return str(verdict)
             (number,) = connection.execute("PRAGMA user_version").fetchone()
             _refuse_newer(path, number)
+            _upgrade(connection, number)
             if number:
                 for row in connection.execute("SELECT * FROM jobs"):
                     read_row(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kadr.jobs.job import UnknownJobError
+from kadr.jobs.job import Job, UnknownJobError
 from kadr.jobs.store import JobStore
 from kadr.validation import check_range
 
@@ -13,7 +13,7 @@ SECONDS_PER_DAY = 24 * 3600
 
 @dataclass(frozen=True)
 class Retention:
-    """Bounds on the finished jobs that are kept.
+    """Bounds on the finished jobs that are kept. Favourites are kept whatever the bounds; their files count.
 
     Args:
         max_age: seconds since they finished; None: for ever.
@@ -29,9 +29,11 @@ class Retention:
         if self.max_bytes is not None:
             check_range("the disk budget of videos", self.max_bytes, 1, 2**60, is_whole=True)
 
-    def expires_at(self, finished_at: float | None) -> float | None:
-        """Returns when a job that finished then expires by its age; None where it does not."""
-        return None if finished_at is None or self.max_age is None else finished_at + self.max_age
+    def expires_at(self, job: Job) -> float | None:
+        """Returns when a job expires by its age; None where it does not."""
+        if job.finished_at is None or self.max_age is None or job.is_favorite:
+            return None
+        return job.finished_at + self.max_age
 
 
 def delete_expired(store: JobStore, retention: Retention) -> list[str]:
@@ -45,11 +47,13 @@ def delete_expired(store: JobStore, retention: Retention) -> list[str]:
     expired = []
     if retention.max_age is not None:
         oldest = store.clock() - retention.max_age
-        expired += store.table.database.rows("SELECT id FROM jobs WHERE finished_at < ? AND is_deleted = 0", (oldest,))
+        query = "SELECT id FROM jobs WHERE finished_at < ? AND is_deleted = 0 AND is_favorite = 0"
+        expired += store.table.database.rows(query, (oldest,))
     if retention.max_bytes is not None:
         expired += store.table.database.rows(
-            "SELECT id FROM (SELECT id, SUM(size_bytes) OVER (ORDER BY seq DESC) AS total FROM jobs "
-            "WHERE status IN ('completed', 'failed') AND is_deleted = 0) WHERE total > ?",
+            "SELECT id FROM (SELECT id, is_favorite, "
+            "SUM(size_bytes) OVER (ORDER BY is_favorite DESC, seq DESC) AS total FROM jobs "
+            "WHERE status IN ('completed', 'failed') AND is_deleted = 0) WHERE total > ? AND is_favorite = 0",
             (retention.max_bytes,),
         )
     ids = list(dict.fromkeys(row[0] for row in expired))

@@ -2,6 +2,7 @@
 
 jobs/video_.../job.json         the job as it was submitted
                media/           images and clips of its request
+               favorite         is there if it is a favourite
                output.3/        what the worker with fence 3 makes
                output/          the result: output.N, renamed when it was complete and on disk
 """
@@ -25,6 +26,7 @@ from kadr.json_reader import parse_json
 from kadr.regular_file import read_text
 
 RESULT_FILE, JOB_FILE = "result.json", "job.json"
+FAVORITE_FILE = "favorite"
 OUTPUT_FOLDER, MEDIA_FOLDER = "output", "media"
 _ATTEMPT = re.compile(rf"{OUTPUT_FOLDER}\.(\d+)")
 
@@ -122,6 +124,25 @@ class JobFolders:
             if (result := _read_object(folder / RESULT_FILE)) is not None:
                 return result
         return None
+
+    def set_favorite(self, job_id: str, is_favorite: bool) -> None:
+        """Marks a job as a favourite, for whoever restores a lost database, or as none.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        mark = self.path(job_id) / FAVORITE_FILE
+        try:
+            if is_favorite:
+                mark.touch()
+            else:
+                mark.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(mark, error) from error
+
+    def is_favorite(self, job_id: str) -> bool:
+        """Tells whether a job is marked as a favourite."""
+        return (self.path(job_id) / FAVORITE_FILE).exists()
 
     def attempts(self, job_id: str) -> list[int]:
         """Returns the fences of the attempts that have a folder, the newest first."""

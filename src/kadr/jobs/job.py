@@ -110,6 +110,7 @@ class Job:
         error: of a failed job.
         result: of a completed one, as the worker reported it.
         size_bytes: of its files.
+        is_favorite: it is kept until somebody deletes it.
     """
 
     id: str
@@ -132,6 +133,7 @@ class Job:
     error: JobError | None
     result: Mapping[str, Any] | None
     size_bytes: int
+    is_favorite: bool
 
     @property
     def is_finished(self) -> bool:

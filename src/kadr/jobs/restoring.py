@@ -58,6 +58,7 @@ def _restored_row(store: JobStore, job_id: str, submitted: Mapping[str, Any] | N
         "id": job_id,
         "finished_at": max(finished_at or 0.0, columns["created_at"]),  # the clock may have been set back
         "size_bytes": folders.size_bytes(job_id),
+        "is_favorite": int(folders.is_favorite(job_id)),
         **({"status": FAILED, "error": _LOST} if result is None else {"status": COMPLETED, "result": result}),
     }
 

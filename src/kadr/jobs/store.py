@@ -162,11 +162,15 @@ class JobStore:
         after: str | None = None,
         limit: int = 20,
         newest_first: bool = True,
+        words: Sequence[str] = (),
+        is_favorite: bool | None = None,
     ) -> JobPage:
         """Returns jobs in the order of their submission.
 
         Args:
             statuses: () for all.
+            words: that the prompt has, all of them, in small letters or capitals.
+            is_favorite: None for both.
             after: id of the last job of the page before.
             limit: 1 to 1000.
 
@@ -178,6 +182,12 @@ class JobStore:
         if statuses:
             condition += f" AND status IN ({', '.join('?' * len(statuses))})"
             values += tuple(statuses)
+        for word in words:
+            condition += " AND instr(casefold(json_extract(request, '$.prompt')), ?) > 0"
+            values += (word.casefold(),)
+        if is_favorite is not None:
+            condition += " AND is_favorite = ?"
+            values += (int(is_favorite),)
         if after is not None:
             try:
                 last = self.get(after, owner)
@@ -269,6 +279,18 @@ class JobStore:
                     "those of its own priority."
                 )
             return _require(change.update("id = ?", (job_id,), position=position_before(change, other, job_id)))
+
+    def set_favorite(self, job_id: str, is_favorite: bool, owner: str | None = None) -> Job:
+        """Makes a job a favourite, which does not expire, or no longer one.
+
+        Raises:
+            UnknownJobError: there is none, or it is another owner's.
+            StorageError: this could not be recorded.
+        """
+        with self.table.change() as change:
+            self.get(job_id, owner)
+            self.folders.set_favorite(job_id, is_favorite)
+            return _require(change.update("id = ?", (job_id,), is_favorite=int(is_favorite)))
 
     def set_paused(self, is_paused: bool) -> None:
         """Stops claims, or lets them go on; jobs in progress are not touched. A restart does not change it.

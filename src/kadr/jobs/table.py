@@ -158,7 +158,8 @@ def job_from_row(row: sqlite3.Row) -> Job:
     for name in _JSON_COLUMNS:
         columns[name] = None if columns[name] is None else json.loads(columns[name])
     columns["error"] = columns["error"] and JobError(**columns["error"])
-    columns["cancel_requested"] = bool(columns["cancel_requested"])
+    for name in ("cancel_requested", "is_favorite"):
+        columns[name] = bool(columns[name])
     return Job(**columns)
 
 

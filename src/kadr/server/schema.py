@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
 from kadr.jobs.job import MAX_PRIORITY
 from kadr.sampling.settings import MAX_STEPS
@@ -127,11 +127,28 @@ class MoveVideo(StrictBody):
     before: StrictStr | None = Field(None, description="Id of the video to go before; null: to the end.")
 
 
+class FavoriteVideo(StrictBody):
+    """A choice: the video is a favourite, or not."""
+
+    favorite: StrictBool = Field(description="true: it never expires, neither by age nor for want of room.")
+
+
 class VideoError(BaseModel):
     """The reason why a video failed."""
 
     code: str = Field(description="A word for programs; see the errors of videos.")
     message: str = Field(description="A line for people.")
+
+
+class VideoMedium(BaseModel):
+    """An image or clip that a video was made with."""
+
+    id: str = Field(description="What requests name it by: the video's id, a slash, and its number from 0.")
+    kind: Literal["image", "clip"]
+    width: int = Field(description="In pixels, upright.")
+    height: int = Field(description="In pixels, upright.")
+    frames: int | None = Field(None, description="Of a clip.")
+    fps: float | None = Field(None, description="Of a clip.")
 
 
 class VideoJob(BaseModel):
@@ -169,7 +186,9 @@ class VideoJob(BaseModel):
     preview_url: str | None = Field(None, description="Address of the newest preview; while it is in progress.")
     inference_time_s: float | None = Field(None, description="Seconds that the worker took; once completed.")
     priority: int = Field(0, description="A higher one goes first.")
+    favorite: bool = Field(False, description="It never expires.")
     owner: str | None = Field(None, description="Name of its token; only admins see it.")
+    media: list[VideoMedium] = Field(default_factory=list, description="Images and clips of its request, in its order.")
     request: dict[str, Any] = Field(description="All settings, as POST /v1/videos takes them.")
 
 

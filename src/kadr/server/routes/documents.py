@@ -54,6 +54,7 @@ EDIT = _creates(schema.EditVideo, "video", "input_reference")
 EXTEND = _creates(schema.ExtendVideo, "video", "input_reference")
 REMIX = _creates(schema.RemixVideo)
 MOVE = _creates(schema.MoveVideo)
+FAVORITE = _creates(schema.FavoriteVideo)
 PLAN = {**CREATE, "response_model": schema.VideoPlan}
 CANCEL: dict[str, Any] = {"response_model": schema.VideoJob, "responses": {**ERRORS, **envelope_responses(409)}}
 SYNC: dict[str, Any] = {

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
@@ -34,6 +35,7 @@ from kadr.shapes import MAX_FRAMES
 from kadr.validation import check_range
 
 MAX_KEY_CHARACTERS = 255
+MAX_QUERY_CHARACTERS = 500
 SYNC_POLL_SECONDS = 0.25
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=MAX_KEY_CHARACTERS)]
 router = APIRouter(prefix="/v1")
@@ -108,13 +110,14 @@ async def list_videos(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     status: Literal["queued", "in_progress", "completed", "failed"] | None = None,
+    query: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS, description="Words that the prompt has.")] = "",
+    favorite: Annotated[bool | None, Query(description="true: favourites only.")] = None,
 ) -> Any:
     """Lists videos in the order of their submission, by pages: `after` is the last id of the page before."""
     statuses = () if status is None else (status,)
+    find = partial(state.queue.store.jobs, client.scope, statuses=statuses, after=after, limit=limit)
     try:
-        page = state.queue.store.jobs(
-            client.scope, statuses=statuses, after=after, limit=limit, newest_first=order == "desc"
-        )
+        page = find(newest_first=order == "desc", words=query.split(), is_favorite=favorite)
     except ValueError as error:  # RequestError: of `after`, as the limit is checked
         raise ApiError(400, str(error), code="invalid_value", param="after") from error
     data = _show_all(request, state, client, page.jobs)
@@ -140,6 +143,16 @@ async def delete_video(state: State, client: Sender, video_id: str) -> Any:
 async def cancel_video(request: Request, state: State, client: Sender, video_id: str) -> Response:
     """Cancels a video that waits or is in progress; it is then failed, with the code "cancelled"."""
     job = await to_thread.run_sync(state.queue.store.cancel, video_id, client.scope)
+    return _answer(request, state, client, job)
+
+
+@router.post("/videos/{video_id}/favorite", **documents.FAVORITE)
+async def set_favorite(request: Request, state: State, client: Sender, video_id: str) -> Response:
+    """Makes a video a favourite, which never expires, or no longer one."""
+    async with read_body(request, client, state.uploads, state.body_memory) as parsed:
+        _refuse_files(parsed)
+        is_favorite = check_body(schema.FavoriteVideo, parsed.data).favorite
+    job = await to_thread.run_sync(state.queue.store.set_favorite, video_id, is_favorite, client.scope)
     return _answer(request, state, client, job)
 
 

@@ -57,7 +57,7 @@ def show_video(
         "progress": _progress(job, live),
         "created_at": int(job.created_at),
         "completed_at": int(job.finished_at) if job.status == COMPLETED and job.finished_at is not None else None,
-        "expires_at": _whole(state.queue.retention.expires_at(job.finished_at)),
+        "expires_at": _whole(state.queue.retention.expires_at(job)),
         "prompt": job.request["prompt"],
         "seconds": format_seconds(labels["frames"] / labels["fps"]),
         "size": labels["size"],
@@ -74,6 +74,8 @@ def show_video(
         **(_addresses(state, job, base_url) if job.status == COMPLETED else {"url": None, "thumbnail_url": None}),
         "inference_time_s": result.get("inference_seconds"),
         "priority": job.priority,
+        "favorite": job.is_favorite,
+        "media": [_show_medium(job, number, facts) for number, facts in enumerate(job.labels.get("media", ()))],
         "owner": job.owner if client.is_admin else None,
         "request": settings_of(job),
     }
@@ -95,6 +97,19 @@ def poll_after_ms(job: Job, live: LiveJob | None) -> int:
     """Returns the milliseconds after which a client that polls may ask again."""
     left = None if live is None else live.seconds_left
     return int(min(MAX_POLL_MS, max(MIN_POLL_MS, 1000 if left is None else 100 * left)))
+
+
+def _show_medium(job: Job, number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a medium of a job, by the reference that requests use for it."""
+    kind = "image" if facts.get("frames") is None else "clip"
+    return {
+        "id": f"{job.id}/{number}",
+        "kind": kind,
+        "width": facts["upright_width"],
+        "height": facts["upright_height"],
+        "frames": facts.get("frames"),
+        "fps": facts.get("fps"),
+    }
 
 
 def _show_live(live: LiveJob | None) -> dict[str, Any]:
