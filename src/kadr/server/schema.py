@@ -224,6 +224,12 @@ class Upload(BaseModel):
     sha256: str = Field(description="Of the file, in hexadecimal digits.")
     created_at: int = Field(description="When it was sent.")
     expires_at: int = Field(description="When it is deleted.")
+    settings: dict[str, Any] | None = Field(
+        None, description="Of a video that kadr made: all that makes it again, as POST /v1/videos takes it."
+    )
+    missing: list[str] = Field(
+        default_factory=list, description="What those settings lack, because it is not on this server."
+    )
 
 
 class DeletedUpload(BaseModel):

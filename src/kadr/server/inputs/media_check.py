@@ -21,7 +21,8 @@ from kadr.errors import MediaError
 
 HEADER_CHECK_SECONDS = 10.0
 MEMORY_BYTES = 3 << 30  # of address space, of which most is the libraries'
-MAX_OUTCOME_BYTES = 1 << 16
+MAX_METADATA_BYTES = 1 << 16  # three times the longest prompt
+MAX_OUTCOME_BYTES = 1 << 18
 RETRY_SECONDS = 5
 
 IMAGE, CLIP = "image", "clip"
@@ -52,6 +53,7 @@ class MediaFacts:
         width, height: in pixels; of a clip as stored, before any rotation.
         upright_width, upright_height: as it is shown.
         frames, fps, is_cut_off: of a clip, see `ClipHeader`.
+        metadata: that kadr stored in a clip, as JSON; "" where it stored none, or more than `MAX_METADATA_BYTES`.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class MediaFacts:
     frames: int | None = None
     fps: float | None = None
     is_cut_off: bool = False
+    metadata: str = ""
 
 
 def sniff(head: bytes) -> tuple[str, str] | None:
@@ -118,8 +121,20 @@ def _clip_facts(path: Path, limits: MediaLimits) -> MediaFacts:
         raise MediaError(f"the clip has {header.frames} frames; this server takes {limits.max_frames}. Cut it.")
     upright = probe_upright_size(path)
     return MediaFacts(
-        CLIP, header.width, header.height, *upright, header.frames, float(header.fps), bool(header.is_cut_off)
-    )
+        CLIP, header.width, header.height, *upright, header.frames, float(header.fps), bool(header.is_cut_off),
+        _read_metadata(path),
+    )  # fmt: skip
+
+
+def _read_metadata(path: Path) -> str:
+    """Returns what kadr stored in a clip, as JSON; "" for a clip that it did not make."""
+    from kadr.media.clip import read_metadata
+
+    try:
+        text = json.dumps(read_metadata(path))
+    except (MediaError, ValueError, RecursionError):
+        return ""
+    return text if len(text) <= MAX_METADATA_BYTES else ""
 
 
 class MediaChecker:
@@ -210,6 +225,8 @@ def _check_facts(**facts: Any) -> MediaFacts:
         or not (type(checked.frames) is int if is_clip else checked.frames is None)
         or not (type(checked.fps) is float and math.isfinite(checked.fps) if is_clip else checked.fps is None)
         or type(checked.is_cut_off) is not bool
+        or type(checked.metadata) is not str
+        or len(checked.metadata) > MAX_METADATA_BYTES
     ):
         raise ValueError("these are no facts of a medium")
     return checked

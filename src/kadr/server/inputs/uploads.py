@@ -76,6 +76,7 @@ class StoredUpload:
     upright_width: int
     upright_height: int
     is_cut_off: bool = False
+    metadata: str = ""
 
 
 class UploadStore:

@@ -153,20 +153,35 @@ def parse_seconds(value: str | float) -> float:
 
 def settings_of(job: Job) -> dict[str, Any]:
     """Returns all settings of a job, as `POST /v1/videos` takes them; its media are `VIDEO/N`."""
-    settings = {key: value for key, value in job.request.items() if value not in (None, [], ()) and key != "schema"}
     references = {item["name"]: f"{job.id}/{number}" for number, item in enumerate(job.labels["media"])}
+    settings = settings_from_request(job.request, references)
+    settings |= {"model": job.labels["model"], "loras": job.labels["loras"], "priority": job.priority}
+    return {key: value for key, value in settings.items() if value != []}
+
+
+def settings_from_request(request: Mapping[str, Any], references: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the settings in a request, as `POST /v1/videos` takes them, but for its model and LoRAs.
+
+    Args:
+        request: as `Request.to_json` writes it.
+        references: path of each medium -> how the API refers to it. Media without one are left out.
+    """
+    settings = {key: value for key, value in request.items() if value not in (None, [], ()) and key != "schema"}
     for kind in ("conditions", "controls"):
         settings[kind] = [
-            {**_without_none(item), "media": references[item["media"]]} for item in job.request.get(kind) or ()
+            {**_without_none(item), "media": references[item["media"]]}
+            for item in request.get(kind) or ()
+            if item["media"] in references
         ]
-    if job.request.get("input_video") is not None:
-        settings["input_video"] = references[job.request["input_video"]]
+    if (input_video := settings.pop("input_video", None)) in references:
+        settings["input_video"] = references[input_video]
+    else:
+        settings.pop("denoise_strength", None)
     for kind in ("guidance", "second_pass"):
         if isinstance(settings.get(kind), Mapping):
             settings[kind] = _without_none(settings[kind])
     for left_out in ("lora_strengths", "original_prompt", "is_clip"):
         settings.pop(left_out, None)
-    settings |= {"model": job.labels["model"], "loras": job.labels["loras"], "priority": job.priority}
     return {key: value for key, value in settings.items() if value != []}
 
 

@@ -15,6 +15,7 @@ from kadr.server.auth import Client
 from kadr.server.errors import ApiError, envelope_responses
 from kadr.server.inputs.bodies import content_type, read_body
 from kadr.server.inputs.uploads import StoredUpload
+from kadr.server.routes.video_settings import read_settings
 from kadr.server.state import Sender, ServerState, State
 from kadr.version import __version__
 
@@ -48,18 +49,23 @@ router = APIRouter()
 async def create_upload(request: Request, state: State, client: Sender) -> Any:
     """Takes an image or clip, as the field `file` of a form or as the whole body. Its name is not used."""
     if content_type(request) != "multipart/form-data":
-        return _show_upload(state, await state.uploads.receive(client.name, request.stream()))
+        upload = await state.uploads.receive(client.name, request.stream())
+        return await to_thread.run_sync(_show_upload, state, client, upload)
     async with read_body(request, client, state.uploads, state.body_memory) as parsed:
         if set(parsed.files) != {"file"} or parsed.data:
             raise ApiError(400, "the form must have one field, file, with a file.", code="invalid_body", param="file")
-        return _show_upload(state, await parsed.files["file"].keep())
+        upload = await parsed.files["file"].keep()
+        return await to_thread.run_sync(_show_upload, state, client, upload)
 
 
 @router.get("/v1/uploads", response_model=schema.UploadList, responses=envelope_responses(401, 403))
 async def list_uploads(state: State, client: Sender) -> Any:
     """Lists uploads that have not expired, newest first."""
-    uploads = await to_thread.run_sync(state.uploads.find_all, client.scope)
-    return {"data": [_show_upload(state, upload) for upload in uploads]}
+
+    def show_all() -> list[dict[str, Any]]:
+        return [_show_upload(state, client, upload) for upload in state.uploads.find_all(client.scope)]
+
+    return {"data": await to_thread.run_sync(show_all)}
 
 
 @router.delete("/v1/uploads/{upload_id}", response_model=schema.DeletedUpload, responses=_ERRORS)
@@ -139,10 +145,12 @@ async def get_metrics(state: State, client: Sender) -> Response:
     return Response(state.metrics.write(state.queue), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _show_upload(state: ServerState, upload: StoredUpload) -> dict[str, Any]:
+def _show_upload(state: ServerState, client: Client, upload: StoredUpload) -> dict[str, Any]:
     facts = asdict(upload)
     times = {"created_at": int(upload.created_at), "expires_at": int(upload.created_at + state.uploads.limits.max_age)}
-    return {key: facts[key] for key in schema.Upload.model_fields if key in facts} | times
+    settings, missing = read_settings(state, client, upload.metadata)
+    shown = {key: facts[key] for key in schema.Upload.model_fields if key in facts}
+    return {**shown, **times, "settings": settings, "missing": missing}
 
 
 def _show_model(state: ServerState, name: str, *, with_recipe: bool = False) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Settings of a video that kadr made, from what it stored in the file, as far as this server has what they name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kadr.errors import KadrError
+from kadr.jobs.job import COMPLETED, Job
+from kadr.json_reader import parse_json
+from kadr.quoting import one_line, show
+from kadr.request.request import AUTO_SIZE, Request
+from kadr.schema import upgrade_video_metadata
+from kadr.server.auth import Client
+from kadr.server.errors import ApiError
+from kadr.server.routes.drafts import settings_from_request, settings_of, with_media
+from kadr.server.schema import MAX_PROMPT_CHARACTERS
+from kadr.server.state import ServerState
+
+MAX_CANDIDATES = 100  # jobs with the same prompt and seed, of which one may be the video itself
+MAX_NAMED = 20  # things that are missing
+_FILE = Path("this video")  # what errors call it
+
+
+def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Returns the settings of a video, as `POST /v1/videos` takes them, and names of what they lack.
+
+    Args:
+        metadata: as `MediaFacts`. Anybody may have written it: what is not a request of kadr gives no settings.
+    """
+    if not metadata:
+        return None, []
+    try:
+        record = upgrade_video_metadata(parse_json(metadata), _FILE)
+        request = Request.from_json(record["request"])
+    except KadrError as error:  # also of a newer kadr, whose number it names
+        return None, [one_line(str(error))]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None, ["its settings are damaged"]
+    if len(request.prompt) > MAX_PROMPT_CHARACTERS:
+        return None, ["its prompt is too long for this server"]
+    if (job := _find_job(state, client, request)) is not None:
+        return settings_of(job), []
+    settings = settings_from_request(request.to_json(), {})
+    if request.conditions and "windows" in settings:
+        settings["windows"].pop("anchor_strength", None)  # the image that it is for is not here
+    model, missing = _find_model(state, record)
+    loras, missing_loras = _find_loras(state, record, request)
+    if model is not None:
+        settings["model"] = model
+    if loras:
+        settings["loras"] = loras
+    missing += missing_loras + [show(path.name) for path in dict.fromkeys(request.media_paths())]
+    return settings, missing[:MAX_NAMED]
+
+
+def _find_job(state: ServerState, client: Client, request: Request) -> Job | None:
+    """Returns the job that made a video, if it is still here: its media are, too."""
+    stored = _without_folders(request)
+    page = state.queue.store.jobs(
+        client.scope, statuses=(COMPLETED,), words=request.prompt.split(), limit=MAX_CANDIDATES
+    )
+    asked = ((job, _without_folders(Request.from_json(job.request))) for job in page.jobs)
+    return next((job for job, settings in asked if _agrees({**settings, "original_prompt": None}, stored)), None)
+
+
+def _without_folders(request: Request) -> dict[str, Any]:
+    return with_media(request, {str(path): path.name for path in request.media_paths()}).to_json()
+
+
+def _agrees(asked: Any, resolved: Any) -> bool:
+    """Tells whether settings that leave some open are those that a video stores, which leaves none open."""
+    if isinstance(asked, Mapping) and isinstance(resolved, Mapping):
+        return all(_agrees(value, resolved.get(name)) for name, value in asked.items())
+    if isinstance(asked, list) and isinstance(resolved, list):
+        return len(asked) == len(resolved) and all(map(_agrees, asked, resolved))
+    return asked in (None, AUTO_SIZE, resolved)
+
+
+def _find_model(state: ServerState, record: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """Returns the name that this server has for a model, and what is missing."""
+    names = [os.path.basename(name) for key in ("model_name", "release") if isinstance(name := record.get(key), str)]
+    for name in names:
+        for candidate in (name, Path(name).stem):
+            try:
+                return state.catalogue.find_model(candidate)[0], []
+            except ApiError:
+                continue
+    return None, [show(name) for name in names[:1]]
+
+
+def _find_loras(
+    state: ServerState, record: Mapping[str, Any], request: Request
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the LoRAs of a video that this server has, with their strengths, and the names of the others."""
+    entries = record.get("loras")
+    entries = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    strengths = request.lora_strengths or ()
+    found, missing = [], []
+    for number, entry in enumerate(entries):
+        name = Path(os.path.basename(str(entry.get("path")))).stem
+        if name not in state.catalogue.lora_names():
+            missing.append(show(name))
+            continue
+        own = strengths[number] if number < len(strengths) else None
+        pair = own if isinstance(own, tuple) else (own, None)
+        first = entry.get("strength") if pair[0] is None else pair[0]
+        second = entry.get("second_strength") if own is None else pair[1]
+        lora = {"name": name, "strength": first, "second_strength": second}
+        found.append({key: value for key, value in lora.items() if value is not None})
+    return found, missing
