@@ -58,6 +58,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "video": lambda: field_table(schema.VideoJob),
     "upload": lambda: field_table(schema.Upload),
     "plan": lambda: field_table(schema.VideoPlan),
+    "prompt": lambda: field_table(schema.PlannedPrompt),
     "queue": lambda: field_table(schema.QueueState),
     "health": lambda: field_table(schema.Health),
 }
@@ -88,7 +89,8 @@ def _type_of(field: dict[str, Any]) -> str:
 
 
 def _plural(kind: str) -> str:
-    return {"object": "objects", "number": "numbers", "text": "texts"}.get(kind, kind)
+    first, of, rest = kind.partition(" of ")
+    return f"{first}s{of}{rest}" if first in _TYPES.values() else kind
 
 
 def _meaning_of(field: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ Every message states the value, the limit and the fix, on one line: foreign text
 
 import collections.abc
 import contextlib
+import typing
 import warnings
 
 from kadr.quoting import MAX_LINE, one_line
@@ -63,11 +64,14 @@ class PlanError(KadrError):
 
     Args:
         shortfall: bytes missing.
+        smaller: fields of a `Request` that would fit in place of those that do not; {} where none is known.
     """
 
-    def __init__(self, message: str, *, shortfall: int) -> None:
+    def __init__(
+        self, message: str, *, shortfall: int, smaller: collections.abc.Mapping[str, typing.Any] | None = None
+    ) -> None:
         super().__init__(message)
-        self.shortfall = shortfall
+        self.shortfall, self.smaller = shortfall, dict(smaller or {})
 
 
 class EnhanceError(KadrError):

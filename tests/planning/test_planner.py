@@ -29,6 +29,7 @@ from kadr.quant.layers import Fp8Linear
 from kadr.quant.prepack import should_prepack_convs
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
+from kadr.shapes import Size
 from kadr.spec import options
 from tests import tiny_models
 from tests.checkpoints.test_load import cast_as_released
@@ -173,10 +174,12 @@ def test_no_fit_is_refused_before_loading_with_a_suggestion(
     with pytest.raises(PlanError, match=r"are missing\. These would fit: .*--size \d+x\d+ --frames \d+\.") as raised:
         engine.generate(big)
     assert raised.value.shortfall > 0
-    width, height, frames = map(int, re.findall(r"--size (\d+)x(\d+) --frames (\d+)", str(raised.value))[0])
-    fitting = replace(big, size=(width, height), frames=frames)
+    assert set(raised.value.smaller) == {"size", "frames"}
+    assert "--size {size} --frames {frames}".format(**raised.value.smaller) in str(raised.value)
+    fitting = replace(big, **raised.value.smaller)
     assert engine.plan(fitting).stages  # the suggestion does fit
-    assert width * height * frames < 1024 * 1024 * 121
+    assert isinstance(fitting.size, Size)
+    assert fitting.size.width * fitting.size.height * (fitting.frames or 0) < 1024 * 1024 * 121
 
 
 def test_memory_that_another_process_will_free_counts_as_free(open_engine: Callable[..., Engine]) -> None:

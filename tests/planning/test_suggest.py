@@ -1,20 +1,25 @@
-"""Suggestions: a generation that takes over an hour says so before it begins, with what takes less."""
+"""Suggestions: what fits, for a request that does not, and what takes less than an hour, for one that takes more."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from kadr.cli.main import main
-from kadr.errors import Cancelled, KadrWarning
+from kadr.errors import Cancelled, KadrWarning, PlanError
 from kadr.media.writer import VideoWriter
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.generation import Generation
 from kadr.planning import planner, suggest
+from kadr.planning.plan import Plan
+from kadr.planning.planner import Planner
+from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from kadr.request.windows import Windows
 from kadr.shapes import Size
@@ -29,6 +34,44 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(planner, "free_bytes", lambda device: 64 * 10**9)
     monkeypatch.setattr(Generation, "denoise", lambda *args: pytest.fail("it has begun"))
     return Engine.open("demo", device="cpu", prompt_cache=False)
+
+
+def limit_frames(monkeypatch: pytest.MonkeyPatch, max_frames: int) -> None:
+    """Lets no plan fit whose videos or windows have more frames."""
+    plan = Planner.plan
+
+    def plan_short(self: Planner) -> Plan:
+        windows = [window.resolved_pass.frames for window in self.workload.windows]
+        if max(windows, default=self.workload.passes[0].frames) > max_frames:
+            raise PlanError("it does not fit.", shortfall=1)
+        return plan(self)
+
+    monkeypatch.setattr(Planner, "plan", plan_short)
+
+
+def test_a_long_video_that_does_not_fit_gets_shorter_windows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = Windows(frames=121, overlap=8, adain=0.5)
+    request = Request(PROMPT, frames=500, windows=windows)
+    limit_frames(monkeypatch, 100)
+    with pytest.raises(PlanError, match=r"These would fit: --window 97\.") as raised:
+        engine.plan(request)
+    assert raised.value.smaller == {"windows": replace(windows, frames=97, anchor_strength=0.0)}
+    assert engine.plan(replace(request, **raised.value.smaller)).stages
+
+
+def test_a_video_that_does_not_fit_keeps_its_images(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    plain = Request(PROMPT, size=(256, 256), frames=121)
+    shown = replace(plain, conditions=[Condition(str(tmp_path / "a.png"), frame=frame) for frame in (104, -1)])
+    limit_frames(monkeypatch, 100)
+    with pytest.raises(PlanError, match=r"These would fit: --size 256x256 --frames 97\.") as raised:
+        engine.plan(plain)
+    assert raised.value.smaller == {"size": Size(256, 256), "frames": 97}
+    with pytest.raises(PlanError, match="Nothing smaller fits") as raised:  # the image would lie outside of it
+        engine.plan(shown)
+    assert raised.value.smaller == {}
 
 
 def long_run_warning(engine: Engine, request: Request) -> str | None:

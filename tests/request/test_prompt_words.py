@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 
 from kadr.errors import KadrWarning, RequestError
 from kadr.models.registry import find_release
 from kadr.pipeline.engine import Engine
-from kadr.request.prompt_words import unknown_words
+from kadr.request.prompt_words import describe_prompts, unknown_words
 from kadr.request.request import Request
 from kadr.request.windows import Windows, split_prompts
 from train import scenes
@@ -84,6 +85,37 @@ def test_a_long_list_of_unknown_words_is_cut(engine: Engine) -> None:
 def test_a_lora_may_know_words_of_its_own() -> None:
     engine = Engine.open("demo", loras=["demo-lora-teal"], device="cpu", prompt_cache=False)
     assert prompt_warnings(engine, Request("a teal circle", size=(64, 64), frames=9)) == []
+
+
+def test_facts_of_a_prompt_say_what_is_read_of_it(engine: Engine) -> None:
+    (facts,) = describe_prompts(engine.resolve(Request(f" {KNOWN} 🐈 fox fox\n")), engine.spec)
+    assert facts.text == f"{KNOWN} 🐈 fox fox"
+    assert (facts.num_characters_read, facts.max_tokens) == (len(facts.text), 256)
+    assert facts.unknown_words == ("fox",)
+    tokenizer = engine.spec.tokenizer
+    assert tokenizer is not None
+    assert facts.tokens == tokenizer.encode(facts.text).mask.sum()
+    (long,) = describe_prompts(engine.resolve(Request(f"🐈 {'circle ' * 400}")), engine.spec)
+    assert long.tokens is not None
+    assert long.tokens > 400
+    read = long.text[: long.num_characters_read]
+    assert 255 <= tokenizer.encode(read).num_tokens <= 256
+    assert tokenizer.encode(f"{read} circle").truncated_text == "circle"
+
+
+def test_facts_are_those_of_each_windows_prompt(engine: Engine) -> None:
+    request = Request(f"{KNOWN} | a fox", size=(64, 64), frames=41, windows=Windows(frames=25))
+    facts = describe_prompts(engine.resolve(request), engine.spec)
+    assert [(item.text, item.unknown_words) for item in facts] == [(KNOWN, ()), ("a fox", ("fox",))]
+    (whole,) = describe_prompts(engine.resolve(replace(request, windows=None)), engine.spec)
+    assert whole.text == request.prompt
+
+
+def test_facts_without_a_tokenizer_leave_tokens_open() -> None:
+    engine = Engine.open("ltxv-2b-0.9.8-distilled", device="cpu", prompt_cache=False)
+    assert engine.spec.tokenizer is None
+    (facts,) = describe_prompts(engine.resolve(Request("a fox", multi_scale=False)), engine.spec)
+    assert (facts.text, facts.tokens, facts.num_characters_read, facts.unknown_words) == ("a fox", None, None, ())
 
 
 @pytest.mark.parametrize("windows", [None, Windows(frames=25)])

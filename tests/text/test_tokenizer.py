@@ -124,26 +124,28 @@ def test_ids_and_mask_equal_those_of_transformers(tokenizer, oracle, prompt):
 
 def test_ids_are_pieces_then_end_of_sequence_then_padding(tokenizer, processor):
     pieces = processor.encode(PLAIN)
-    ids, mask, truncated_text = tokenizer.encode(f" {PLAIN}\n")
+    ids, mask, truncated_text, num_tokens = tokenizer.encode(f" {PLAIN}\n")
     assert (ids.dtype, ids.shape, mask.dtype, mask.shape) == (torch.int64, (1, 256), torch.bool, (1, 256))
     assert ids[0].tolist() == pieces + [1] + [0] * (255 - len(pieces))
     assert mask.sum() == len(pieces) + 1
     assert mask[0, : len(pieces) + 1].all()
-    assert truncated_text == ""
+    assert (truncated_text, num_tokens) == ("", len(pieces) + 1)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n "])
 def test_an_empty_prompt_is_a_lone_end_of_sequence(tokenizer, prompt):
-    ids, mask, _ = tokenizer.encode(prompt)
+    ids, mask, *_, num_tokens = tokenizer.encode(prompt)
     assert ids[0].tolist() == [1] + [0] * 255
     assert mask[0].tolist() == [True] + [False] * 255
+    assert num_tokens == 1
 
 
 def test_a_long_prompt_keeps_its_end_of_sequence_and_reports_the_cut(tokenizer, processor):
     prompt = "\n".join([PLAIN] * 8)
-    ids, mask, truncated_text = tokenizer.encode(prompt)
+    ids, mask, truncated_text, num_tokens = tokenizer.encode(prompt)
     assert ids[0].tolist() == processor.encode(prompt)[:255] + [EOS_ID]
     assert mask.all()
+    assert num_tokens == len(processor.encode(prompt)) + 1
     assert prompt.endswith(truncated_text)
     fitting = prompt.removesuffix(truncated_text)
     first_cut_word = truncated_text.split()[0]
@@ -158,6 +160,7 @@ def test_a_prompt_is_cut_from_the_first_token_too_many(tokenizer, processor):
     assert tokenizer.encode(fits).mask.sum() == 255
     assert tokenizer.encode(too_long).truncated_text == word
     assert tokenizer.encode(too_long).mask.sum() == 256
+    assert [tokenizer.encode(prompt).num_tokens for prompt in (fits, too_long)] == [255, 257]
 
 
 def test_one_endless_word_is_cut_as_a_whole(tokenizer):
@@ -167,8 +170,9 @@ def test_one_endless_word_is_cut_as_a_whole(tokenizer):
 
 
 def test_a_literal_end_of_sequence_is_not_followed_by_another(tokenizer, processor):
-    ids, mask, _ = tokenizer.encode("circle </s>")
+    ids, mask, *_, num_tokens = tokenizer.encode("circle </s>")
     assert ids[0, mask[0]].tolist() == processor.encode("circle") + [1]
+    assert num_tokens == len(processor.encode("circle")) + 1
 
 
 def test_both_files_give_the_same_ids_for_random_text(folder):
@@ -192,7 +196,7 @@ def test_ids_are_below_the_vocabulary_size(folder):
 def test_a_vocabulary_of_released_size_has_sentinels(monkeypatch, folder, processor):
     monkeypatch.setattr("kadr.text.tokenizer._RELEASED_PIECES", 150)
     tokenizer = Tokenizer.open(folder / "original")
-    ids, mask, _ = tokenizer.encode("circle <extra_id_0>sea<extra_id_99>")
+    ids, mask, *_ = tokenizer.encode("circle <extra_id_0>sea<extra_id_99>")
     assert ids[0, mask[0]].tolist() == [*processor.encode("circle"), 32099, *processor.encode("sea"), 32000, 1]
     assert tokenizer.vocab_size == 32100
 

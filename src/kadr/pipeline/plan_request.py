@@ -52,8 +52,9 @@ def plan_request(
     try:
         plan = Planner(spec, workload, calibration, cached=cached, loaded=loaded, reclaimable=reclaimable).plan()
     except PlanError as error:
-        suggestion = suggest_smaller(spec, workload, resolved, calibration, cached=cached, reclaimable=reclaimable)
-        raise PlanError(f"{error} {suggestion}", shortfall=error.shortfall) from error
+        ways_out = suggest_smaller(spec, workload, resolved, calibration, cached=cached, reclaimable=reclaimable)
+        smaller = {} if ways_out.smaller is None else ways_out.smaller.fields
+        raise PlanError(f"{error} {ways_out}", shortfall=error.shortfall, smaller=smaller) from error
     if warns_if_long:
         warn_if_long(spec, workload, resolved, calibration, plan)
     components = spec.required_components(has_two_passes=len(resolved.passes) > 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kadr.errors import KadrWarning, PlanError
 from kadr.models.registry import MODEL_RELEASES, Recipe
@@ -15,6 +16,7 @@ from kadr.planning.workload import WindowWorkload, Workload
 from kadr.quant.weight_formats import INT8
 from kadr.request.passes import ResolvedPass
 from kadr.request.resolved_request import ResolvedRequest
+from kadr.request.windows import Windows
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Size, snap_frames
 from kadr.spec.model import ModelSpec
 from kadr.spec.offload import OFFLOAD_AUTO
@@ -22,6 +24,53 @@ from kadr.spec.weights import is_quantized
 
 LONG_SECONDS = 3600  # of a generation: one that takes more says so before it begins
 Fits = Callable[[ModelSpec, Workload], bool]
+
+
+@dataclass(frozen=True)
+class SmallerRequest:
+    """A request that takes less than another one: a smaller size, fewer frames, or shorter windows.
+
+    Args:
+        size, frames, windows: fields of a `Request`; None where that of the other one stays.
+    """
+
+    size: Size | None = None
+    frames: int | None = None
+    windows: Windows | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `Request` that differ."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @property
+    def flags(self) -> str:
+        """The flags of `kadr generate` that say the same."""
+        flags = {
+            "--size": self.size,
+            "--frames": self.frames,
+            "--window": None if self.windows is None else self.windows.frames,
+        }
+        return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """Ways out for a request that does not fit into memory.
+
+    Args:
+        settings: flags of the engine with which it would fit as it is.
+        smaller: the nearest smaller request that would fit; None if none does.
+    """
+
+    settings: tuple[str, ...] = ()
+    smaller: SmallerRequest | None = None
+
+    def __str__(self) -> str:
+        flags = [*self.settings, *([] if self.smaller is None else [self.smaller.flags])]
+        if not flags:
+            return "Nothing smaller fits either: close other programs, or use a machine with more memory."
+        return f"These would fit: {'; '.join(flags)}."
 
 
 def suggest_smaller(
@@ -32,8 +81,8 @@ def suggest_smaller(
     *,
     cached: int = 0,
     reclaimable: int = 0,
-) -> str:
-    """Returns a sentence with the settings that would fit, and with the nearest smaller request that would.
+) -> Suggestions:
+    """Returns the settings that would fit, and the nearest smaller request that would.
 
     Args:
         calibration, cached, reclaimable: see `Planner`.
@@ -42,13 +91,9 @@ def suggest_smaller(
     def fits(spec: ModelSpec, workload: Workload) -> bool:
         return _fits(Planner(spec, workload, calibration, cached=cached, reclaimable=reclaimable))
 
-    suggestions = [flags for flags, lighter_spec in _lighter_settings(spec) if fits(lighter_spec, workload)]
+    settings = tuple(flags for flags, lighter_spec in _lighter_settings(spec) if fits(lighter_spec, workload))
     smaller = _shorter_window(spec, workload, request, fits) or _smaller_request(spec, workload, request, fits)
-    if smaller is not None:
-        suggestions.append(smaller)
-    if not suggestions:
-        return "Nothing smaller fits either: close other programs, or use a machine with more memory."
-    return f"These would fit: {'; '.join(suggestions)}."
+    return Suggestions(settings, smaller)
 
 
 def warn_if_long(
@@ -77,12 +122,14 @@ def _shorter_request(
 ) -> tuple[str, str] | None:
     """Returns the flags of the nearest smaller request that takes less than an hour, and its time; None if none."""
     for size, frames in _shorter_sizes(request, spec.recipe):
+        if not _keeps_conditions(request, frames):
+            continue
         try:
             plan = Planner(spec, _shrink(workload, size, frames, request), calibration).plan()
         except PlanError:
             continue
         if plan.seconds <= LONG_SECONDS:
-            return f"--size {size} --frames {frames}", f"would take {plan.describe_time()}"
+            return SmallerRequest(size, frames).flags, f"would take {plan.describe_time()}"
     return None
 
 
@@ -139,8 +186,8 @@ def _lighter_settings(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
             yield flags, replace(spec, offload=offload, quant=quant)
 
 
-def _shorter_window(spec: ModelSpec, workload: Workload, request: ResolvedRequest, fits: Fits) -> str | None:
-    """Returns the flag of the longest window with which a long video fits; None if none does."""
+def _shorter_window(spec: ModelSpec, workload: Workload, request: ResolvedRequest, fits: Fits) -> SmallerRequest | None:
+    """Returns the longest window with which a long video fits; None if none does."""
     if request.windows is None:
         return None
     length, overlap = request.windows.latent_frames
@@ -153,16 +200,24 @@ def _shorter_window(spec: ModelSpec, workload: Workload, request: ResolvedReques
             for window in workload.windows[:2]
         )
         if fits(spec, replace(workload, windows=windows)):
-            return f"--window {frames}"
+            return SmallerRequest(windows=replace(request.windows, frames=frames))
     return None
 
 
-def _smaller_request(spec: ModelSpec, workload: Workload, request: ResolvedRequest, fits: Fits) -> str | None:
-    """Returns the flags of the nearest request that fits: fewer frames at this size, or else a smaller size."""
+def _smaller_request(
+    spec: ModelSpec, workload: Workload, request: ResolvedRequest, fits: Fits
+) -> SmallerRequest | None:
+    """Returns the nearest request that fits: fewer frames at this size, or else a smaller size."""
     for size, frames in _smaller_sizes(request):
-        if fits(spec, _shrink(workload, size, frames, request)):
-            return f"--size {size} --frames {frames}"
+        if _keeps_conditions(request, frames) and fits(spec, _shrink(workload, size, frames, request)):
+            return SmallerRequest(size, frames)
     return None
+
+
+def _keeps_conditions(request: ResolvedRequest, frames: int) -> bool:
+    """Tells whether every image and clip that is placed from the front still begins within so many frames."""
+    placed = [item.start_frame for item in request.conditions if item.condition.frame >= 0]
+    return max(placed, default=0) < frames
 
 
 def _shrink(workload: Workload, size: Size, frames: int, request: ResolvedRequest) -> Workload:

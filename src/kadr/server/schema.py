@@ -279,6 +279,20 @@ class LoraList(BaseModel):
     data: list[ServedLora]
 
 
+class PlannedPrompt(BaseModel):
+    """A prompt as the model reads it."""
+
+    text: str = Field(description="The prompt, without space around it.")
+    tokens: int | None = Field(
+        description="Of the whole text, with the end of the sequence; null where the tokenizer is not on disk."
+    )
+    max_tokens: int = Field(description="As many as the model reads.")
+    num_characters_read: int | None = Field(
+        description="Unicode code points of the text before the first word that is cut; null with tokens."
+    )
+    unknown_words: list[str] = Field(description="Those that a model of few words was not trained with.")
+
+
 class VideoPlan(BaseModel):
     """Memory and time that a video would take."""
 
@@ -289,6 +303,17 @@ class VideoPlan(BaseModel):
     num_frames: int = Field(description="Of the video.")
     fps: float = Field(description="Of the video.")
     seconds: str = Field(description="Length of the video.")
+    sampled_size: str = Field(description="Sides of size, rounded up to multiples of 32; cropped to it at the end.")
+    sampled_frames: int = Field(description="num_frames, rounded up to 8k+1; cut to it at the end.")
+    num_passes: int = Field(description="1 or 2.")
+    windows: list[list[int]] = Field(
+        description="Of each window: its first frame, the frame after its last one, and its prompt's place in prompts, "
+        "from 0. Empty where the video is sampled at once."
+    )
+    prompts: list[PlannedPrompt] = Field(description="One for each prompt of windows; without windows a single one.")
+    suggestion: dict[str, Any] | None = Field(
+        None, description="Fields of POST /v1/videos with which it would fit; null where it fits, or nothing would."
+    )
     peak_bytes: int | None = Field(None, description="Of memory.")
     estimated_seconds: float | None = Field(None, description="To make it.")
     estimated_seconds_range: list[float] | None = Field(None, description="At best and at worst.")

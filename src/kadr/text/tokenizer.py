@@ -44,11 +44,13 @@ class PromptTokens(NamedTuple):
         ids: int64 (1, 256), padded at the end with 0. The last real token is 1, the end of the sequence.
         mask: bool (1, 256), true where a token is not padding.
         truncated_text: the end of the prompt, from the first word that does not fit whole; "" if all of it fits.
+        num_tokens: of the whole prompt, with the end of the sequence: above 256 if it is truncated.
     """
 
     ids: Tensor
     mask: Tensor
     truncated_text: str
+    num_tokens: int
 
 
 class Tokenizer:
@@ -112,7 +114,8 @@ class Tokenizer:
         ids = torch.full((1, MAX_SEQUENCE_LENGTH), PAD_ID, dtype=torch.int64)
         ids[0, : len(fitting)] = torch.tensor(fitting)
         mask = (torch.arange(MAX_SEQUENCE_LENGTH) < len(fitting))[None]
-        return PromptTokens(ids, mask, self._truncated_text(text) if len(text_ids) > MAX_SEQUENCE_LENGTH - 1 else "")
+        truncated_text = self._truncated_text(text) if len(text_ids) > MAX_SEQUENCE_LENGTH - 1 else ""
+        return PromptTokens(ids, mask, truncated_text, len(text_ids) + (text_ids[-1:] != [EOS_ID]))
 
     def _truncated_text(self, text: str) -> str:
         """Returns the end of a text that is too long. No token spans two words, so token counts grow word by word."""

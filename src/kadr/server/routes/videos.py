@@ -14,7 +14,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from kadr.errors import KadrWarning, MediaError, PlanError
+from kadr.errors import KadrWarning, MediaError
 from kadr.jobs.job import QUEUED, Job, JobConflictError, is_job_id
 from kadr.media.known_headers import use_known_headers
 from kadr.media.writer import check_even_sides
@@ -29,7 +29,8 @@ from kadr.server.inputs.media_sources import MediaSource, copy_sources, find_sou
 from kadr.server.routes import documents
 from kadr.server.routes.content import answer_with_file
 from kadr.server.routes.drafts import Draft, build_draft, parse_seconds, remix_draft
-from kadr.server.routes.views import VIDEO, base_url, format_seconds, poll_after_ms, show_video
+from kadr.server.routes.plans import show_plan
+from kadr.server.routes.views import VIDEO, base_url, poll_after_ms, show_video
 from kadr.server.state import Sender, ServerState, State
 from kadr.shapes import MAX_FRAMES
 from kadr.validation import check_range
@@ -185,36 +186,7 @@ async def remix_video(
 async def plan_video(request: Request, state: State, client: Sender) -> Any:
     """Tells what a video would take: memory, time, bytes to fetch; and what would fit. Makes nothing."""
     async with _read_draft(request, state, client) as (draft, resolved):
-        return await to_thread.run_sync(_plan, state, draft, resolved, limiter=state.planning)
-
-
-def _plan(state: ServerState, draft: Draft, resolved: ResolvedRequest) -> dict[str, Any]:
-    facts = {
-        "model": draft.model,
-        "size": str(resolved.size),
-        "num_frames": resolved.frames,
-        "fps": resolved.fps,
-        "seconds": format_seconds(resolved.frames / resolved.fps),
-    }
-    with warnings.catch_warnings(record=True) as caught, use_known_headers(draft.headers):
-        warnings.simplefilter("always", KadrWarning)
-        try:
-            plan = state.catalogue.engine(draft.engine).plan(
-                resolved, reclaimable_bytes=state.queue.supervisor.device_bytes
-            )
-        except PlanError as error:
-            return {**facts, "fits": False, "message": state.hide_paths(str(error))}
-    return {
-        **facts,
-        "fits": True,
-        "message": plan.summary(),
-        "peak_bytes": plan.peak_bytes,
-        "estimated_seconds": round(plan.seconds, 1),
-        "estimated_seconds_range": [round(bound, 1) for bound in plan.seconds_range],
-        "bytes_to_fetch": plan.bytes_to_fetch,
-        "reasons": [state.hide_paths(reason) for reason in plan.reasons()],
-        "warnings": [state.hide_paths(str(item.message)) for item in caught if issubclass(item.category, KadrWarning)],
-    }
+        return await to_thread.run_sync(show_plan, state, draft, resolved, limiter=state.planning)
 
 
 @asynccontextmanager
