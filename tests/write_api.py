@@ -59,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "upload": lambda: field_table(schema.Upload),
     "plan": lambda: field_table(schema.VideoPlan),
     "prompt": lambda: field_table(schema.PlannedPrompt),
+    "model": lambda: field_table(schema.DescribedModel),
     "queue": lambda: field_table(schema.QueueState),
     "health": lambda: field_table(schema.Health),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kadr.diagnosis.finding import QUALITY, Finding
-from kadr.models.training_range import LTX_VIDEO_RANGE, TrainingRange
 from kadr.request.fit_size import fitting_size
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.spec.model import ModelSpec
@@ -22,7 +21,7 @@ def check_video(spec: ModelSpec, resolved: ResolvedRequest) -> Iterator[Finding]
 
 
 def _check_size(spec: ModelSpec, resolved: ResolvedRequest) -> Iterator[Finding]:
-    trained, size, good = _trained_at(spec), resolved.size, spec.recipe.size
+    trained, size, good = spec.trained_at, resolved.size, spec.recipe.size
     pixels = resolved.sampled_size.width * resolved.sampled_size.height
     fix = f"--size {fitting_size(size.width, size.height, good.width * good.height)}"
     if pixels < (1 - PIXEL_TOLERANCE) * trained.min_pixels:
@@ -37,7 +36,7 @@ def _check_size(spec: ModelSpec, resolved: ResolvedRequest) -> Iterator[Finding]
 
 
 def _check_frames(spec: ModelSpec, resolved: ResolvedRequest) -> Iterator[Finding]:
-    limit = _trained_at(spec).max_frames
+    limit = spec.trained_at.max_frames
     windows = resolved.windows
     frames = resolved.frames if windows is None or windows.frames is None else windows.frames
     if frames > limit:
@@ -51,7 +50,7 @@ def _check_frames(spec: ModelSpec, resolved: ResolvedRequest) -> Iterator[Findin
 
 
 def _check_fps(spec: ModelSpec, resolved: ResolvedRequest) -> Iterator[Finding]:
-    trained = _trained_at(spec)
+    trained = spec.trained_at
     low, high = trained.min_fps * (1 - FPS_TOLERANCE), trained.max_fps * (1 + FPS_TOLERANCE)
     if not low <= resolved.fps <= high:
         span = f"{trained.min_fps:g}" + ("" if trained.min_fps == trained.max_fps else f" to {trained.max_fps:g}")
@@ -60,7 +59,3 @@ def _check_fps(spec: ModelSpec, resolved: ResolvedRequest) -> Iterator[Finding]:
             f"{'fast and jumpy' if resolved.fps < low else 'slow and small'}. Change the rate of the finished file."
         )
         yield Finding(QUALITY, "frame rate", message, f"--fps {spec.recipe.fps:g}")
-
-
-def _trained_at(spec: ModelSpec) -> TrainingRange:
-    return LTX_VIDEO_RANGE if spec.release is None else spec.release.trained_at

@@ -106,7 +106,12 @@ class Release:
     @property
     def known_words(self) -> frozenset[str]:
         """Single words that the model was trained with; empty for a model that was trained with the whole language."""
-        return frozenset(word for phrases in self.words.values() for phrase in phrases for word in phrase.split())
+        return frozenset(word for phrase in self.phrases for word in phrase.split())
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """All of `words`, each once."""
+        return tuple(dict.fromkeys(phrase for phrases in self.words.values() for phrase in phrases))
 
     @property
     def file_stem(self) -> str:
@@ -117,6 +122,11 @@ class Release:
     def file_patterns(self) -> tuple[str, ...]:
         """Names or patterns of the files to fetch. A text encoder of many files comes with its tokenizer."""
         return TEXT_ENCODER_FILES if self.file in TEXT_ENCODER_FILES else (self.file,)
+
+    @property
+    def is_demo(self) -> bool:
+        """True for what comes with kadr, to try it."""
+        return self.repo is None
 
     @property
     def is_distilled(self) -> bool:

@@ -248,14 +248,32 @@ class UploadList(BaseModel):
 
 
 class ServedModel(BaseModel):
-    """A model of the server, with the recipe that fills in what a request leaves out."""
+    """A model of the server."""
 
     id: str = Field(description="The name that requests use.")
     object: Literal["model"] = "model"
-    created: int = 0
-    owned_by: str = "kadr"
+    created: int = Field(0, description="Always 0.")
+    owned_by: str = Field("kadr", description="Always kadr.")
     is_default: bool = Field(False, description="Requests that name none use it.")
-    recipe: dict[str, Any] | None = Field(None, description="null where the model cannot be opened.")
+
+
+class DescribedModel(ServedModel):
+    """A model of the server, with what its headers and the registry tell. What is unknown is null."""
+
+    release: str | None = Field(None, description="Name of its release; null for an unreleased model.")
+    is_demo: bool = Field(False, description="It comes with kadr, to try it.")
+    is_distilled: bool | None = Field(None, description="It was distilled to few steps; null for an unreleased model.")
+    words: list[str] | None = Field(
+        None, description="All that a model of few words was trained with; null for one that knows the whole language."
+    )
+    max_prompt_tokens: int | None = Field(None, description="Tokens of a prompt that it reads, with the last one.")
+    max_frames_at_once: int | None = Field(
+        None, description="Frames of the longest videos that it was trained with; longer ones are better in windows."
+    )
+    defaults: _Object | None = Field(
+        None, description="What a request with only a prompt resolves to, in fields of POST /v1/videos."
+    )
+    recipe: _Object | None = Field(None, description="Where the defaults come from, with both of its passes.")
 
 
 class ModelList(BaseModel):

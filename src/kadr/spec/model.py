@@ -16,6 +16,7 @@ from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError
 from kadr.models.registry import DEFAULT_TEXT_ENCODER, UPSCALER, Recipe, Release
 from kadr.models.t5 import T5_XXL
+from kadr.models.training_range import LTX_VIDEO_RANGE, TrainingRange
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae import VAEConfig
@@ -101,6 +102,11 @@ class ModelSpec:
     def name(self) -> str:
         """The name or path that the model was opened by."""
         return self.names_and_releases[0][0]
+
+    @property
+    def trained_at(self) -> TrainingRange:
+        """Videos that the model was trained with; those of the family for an unreleased one."""
+        return LTX_VIDEO_RANGE if self.release is None else self.release.trained_at
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -21,6 +21,7 @@ from kadr.server.state import ServerState
 
 # Names of other servers for fields of a `Request`.
 FIELD_ALIASES = {"num_frames": "frames", "num_inference_steps": "steps", "guidance_scale": "guidance"}
+API_NAMES = {name: alias for alias, name in FIELD_ALIASES.items() if name != "guidance"}  # which is an object
 # Fields of a body that are not fields of a `Request` under that name.
 _OTHER_FIELDS = {
     *("model", "seconds", "size", "width", "height", "input_reference", "lora", "loras", "priority", "extra_params"),
@@ -166,7 +167,7 @@ def settings_from_request(request: Mapping[str, Any], references: Mapping[str, s
         request: as `Request.to_json` writes it.
         references: path of each medium -> how the API refers to it. Media without one are left out.
     """
-    settings = {key: value for key, value in request.items() if value not in (None, [], ()) and key != "schema"}
+    settings = plain_settings(request)
     for kind in ("conditions", "controls"):
         settings[kind] = [
             {**_without_none(item), "media": references[item["media"]]}
@@ -177,12 +178,18 @@ def settings_from_request(request: Mapping[str, Any], references: Mapping[str, s
         settings["input_video"] = references[input_video]
     else:
         settings.pop("denoise_strength", None)
-    for kind in ("guidance", "second_pass"):
-        if isinstance(settings.get(kind), Mapping):
-            settings[kind] = _without_none(settings[kind])
     for left_out in ("lora_strengths", "original_prompt", "is_clip"):
         settings.pop(left_out, None)
     return {key: value for key, value in settings.items() if value != []}
+
+
+def plain_settings(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a request in JSON that are not left open, and of its objects too."""
+    settings = {key: value for key, value in request.items() if value not in (None, [], ()) and key != "schema"}
+    for kind in ("guidance", "second_pass"):
+        if isinstance(settings.get(kind), Mapping):
+            settings[kind] = _without_none(settings[kind])
+    return settings
 
 
 def _without_none(item: Mapping[str, Any]) -> dict[str, Any]:

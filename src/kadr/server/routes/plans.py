@@ -13,12 +13,10 @@ from kadr.planning.plan import Plan
 from kadr.request.prompt_words import describe_prompts
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.request.windows import Windows
-from kadr.server.routes.drafts import FIELD_ALIASES, Draft
+from kadr.server.routes.drafts import API_NAMES, Draft
 from kadr.server.routes.views import format_seconds
 from kadr.server.state import ServerState
 from kadr.shapes import Size
-
-_API_NAMES = {name: alias for alias, name in FIELD_ALIASES.items()}
 
 
 def show_plan(state: ServerState, draft: Draft, resolved: ResolvedRequest) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def show_plan(state: ServerState, draft: Draft, resolved: ResolvedRequest) -> di
 
 def show_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns fields of a `Request` as `POST /v1/videos` takes them: sizes as text, windows as an object."""
-    return {_API_NAMES.get(name, name): _as_json(value) for name, value in fields.items()}
+    return {API_NAMES.get(name, name): _as_json(value) for name, value in fields.items()}
 
 
 def _as_json(value: Any) -> Any:

@@ -9,12 +9,12 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from kadr.errors import KadrError
 from kadr.server import schema
 from kadr.server.auth import Client
 from kadr.server.errors import ApiError, envelope_responses
 from kadr.server.inputs.bodies import content_type, read_body
 from kadr.server.inputs.uploads import StoredUpload
+from kadr.server.routes.models import describe_model, show_model
 from kadr.server.routes.video_settings import read_settings
 from kadr.server.state import Sender, ServerState, State
 from kadr.version import __version__
@@ -79,15 +79,15 @@ async def delete_upload(state: State, client: Sender, upload_id: str) -> Any:
 async def list_models(state: State) -> Any:
     """Lists the models of the server; the first one is the default."""
     return {
-        "data": await to_thread.run_sync(lambda: [_show_model(state, name) for name in state.catalogue.model_names()])
+        "data": await to_thread.run_sync(lambda: [show_model(state, name) for name in state.catalogue.model_names()])
     }
 
 
-@router.get("/v1/models/{name:path}", response_model=schema.ServedModel, responses=_ERRORS)
+@router.get("/v1/models/{name:path}", response_model=schema.DescribedModel, responses=_ERRORS)
 async def get_model(state: State, name: str) -> Any:
-    """Shows a model, with the recipe that fills in what a request leaves out."""
+    """Shows a model: its words, its recipe, and what a request with only a prompt resolves to."""
     found, _ = state.catalogue.find_model(name)
-    return await to_thread.run_sync(lambda: _show_model(state, found, with_recipe=True), limiter=state.planning)
+    return await to_thread.run_sync(describe_model, state, found, limiter=state.planning)
 
 
 @router.get("/v1/loras", response_model=schema.LoraList, responses=envelope_responses(401, 403))
@@ -151,19 +151,6 @@ def _show_upload(state: ServerState, client: Client, upload: StoredUpload) -> di
     settings, missing = read_settings(state, client, upload.metadata)
     shown = {key: facts[key] for key in schema.Upload.model_fields if key in facts}
     return {**shown, **times, "settings": settings, "missing": missing}
-
-
-def _show_model(state: ServerState, name: str, *, with_recipe: bool = False) -> dict[str, Any]:
-    answer: dict[str, Any] = {"id": name, "is_default": name == state.catalogue.default}
-    if with_recipe:
-        try:
-            recipe = asdict(
-                state.catalogue.engine({"model": state.catalogue.find_model(name)[1], "loras": []}).spec.recipe
-            )
-        except KadrError:
-            return answer
-        answer["recipe"] = {**recipe, "size": "{width}x{height}".format(**recipe["size"])}
-    return answer
 
 
 def _show_queue(state: ServerState, client: Client) -> dict[str, Any]:
