@@ -61,6 +61,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prompt": lambda: field_table(schema.PlannedPrompt),
     "model": lambda: field_table(schema.DescribedModel),
     "queue": lambda: field_table(schema.QueueState),
+    "system": lambda: field_table(schema.SystemState),
     "health": lambda: field_table(schema.Health),
 }
 

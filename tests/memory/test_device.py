@@ -1,13 +1,18 @@
-"""Devices and dtypes are picked or refused by name."""
+"""Devices and dtypes are picked or refused by name; memory of devices is in bytes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
 from kadr.errors import RequestError
 from kadr.memory import device
-from kadr.memory.device import FP32_MAX_PARAMETERS, free_bytes, pick_device, pick_dtype
+from kadr.memory.device import FP32_MAX_PARAMETERS, free_bytes, pick_device, pick_dtype, total_bytes, used_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -93,6 +98,32 @@ def test_auto_dtype_is_bfloat16_for_large_models_if_fast(
 ) -> None:
     monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: has_units)
     assert pick_dtype("auto", torch_device, parameters) is expected
+
+
+def test_total_memory_of_a_container_is_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit, used = tmp_path / "limit", tmp_path / "used"
+    limit.write_text("4000000000\n")
+    used.write_text("1000\n")
+    monkeypatch.setattr(device, "_CGROUP_FILES", ((str(limit), str(used)),))
+    assert total_bytes(CPU) == 4_000_000_000
+    limit.write_text("max\n")
+    assert total_bytes(CPU) == psutil.virtual_memory().total
+
+
+def test_used_memory_is_that_of_the_process_and_its_children() -> None:
+    before = used_bytes(CPU)
+    code = "import sys; data = bytearray(b'x') * 200_000_000; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        during = used_bytes(CPU)
+        child.communicate()
+    assert 190_000_000 < during - before < 300_000_000
+
+
+def test_used_memory_of_a_gpu_is_what_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 80))
+    assert used_bytes(CUDA) == 70
 
 
 def test_free_memory_is_in_bytes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -151,6 +152,28 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(psutil.virtual_memory().available, _cgroup_free_bytes())
+
+
+def total_bytes(device: torch.device) -> int:
+    """Returns the memory of a device; for the CPU, no more than a container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return container_limit_bytes() or psutil.virtual_memory().total
+
+
+def used_bytes(device: torch.device) -> int:
+    """Returns the memory of a GPU that is in use, by any program; else the resident bytes of this process tree.
+
+    Pages that several of its processes share count for each.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total - free)
+    used = 0
+    for process in (own := psutil.Process(), *own.children(recursive=True)):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            used += process.memory_info().rss
+    return used
 
 
 def resident_bytes() -> int:

@@ -35,6 +35,7 @@ from kadr.server.inputs.uploads import UploadLimits, UploadStore
 from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import DEFAULT_SECONDS, UrlSigner
 from kadr.server.state import ServerState
+from kadr.server.system_monitor import SystemMonitor
 from kadr.spec.locate import MODEL, locate
 from kadr.spec.model_folders import ModelFolders
 
@@ -169,6 +170,8 @@ def open_state(
             uploads,
             signer,
             metrics,
+            _create_monitor(settings, catalogue),
+            bool(settings.tokens),
             settings.hides_prompts,
             log,
             PathHider(_folders(settings, folders)),
@@ -203,6 +206,13 @@ def _folders(settings: ServerSettings, models: ModelFolders) -> list[Path]:
 
 def _as_tuple(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, tuple) else ()
+
+
+def _create_monitor(settings: ServerSettings, catalogue: Catalogue) -> SystemMonitor:
+    device = next(iter(settings.devices), settings.engine_options.get("device", "auto"))
+    return SystemMonitor(
+        settings.folder, device, settings.min_free_bytes, count_models=lambda: len(catalogue.model_names())
+    )
 
 
 def _engine_makers(settings: ServerSettings, engine_options: Mapping[str, Any]) -> list[MakerFactory]:

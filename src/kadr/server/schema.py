@@ -351,6 +351,25 @@ class QueueState(BaseModel):
     problem: str | None = Field(None, description="Why no job begins; null where nothing is wrong.")
 
 
+class SystemState(BaseModel):
+    """The server as a client sees it: its device, its disk, its bounds, and who the client is."""
+
+    version: str = Field(description="Of kadr.")
+    device: str = Field(description="cpu or mps, or the name of the GPU; of the first worker.")
+    memory_bytes: int = Field(description="Of the device; for the CPU, no more than a container's limit.")
+    memory_used_bytes: int = Field(
+        description="Of a GPU, by any program; else what the server and its workers have in memory."
+    )
+    disk_free_bytes: int | None = Field(description="Of the disk with the data; null where it cannot be read.")
+    is_disk_low: bool = Field(description="Less than twice as much is free as jobs need to begin.")
+    max_queued: int = Field(description="Videos of this client that may wait.")
+    max_upload_bytes: int = Field(description="Of one file.")
+    models: int = Field(description="Number of models.")
+    is_admin: bool = Field(description="This client sees and changes everyone's videos, and the queue.")
+    client: str | None = Field(description="Name of this client's token; null on a server without tokens.")
+    needs_token: bool = Field(description="Clients of this server need a token.")
+
+
 class Health(BaseModel):
     """The state of the server: alive, and ready to make videos or not."""
 

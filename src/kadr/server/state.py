@@ -18,6 +18,7 @@ from kadr.server.inputs.uploads import UploadStore
 from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import UrlSigner
 from kadr.server.stream_count import StreamCount
+from kadr.server.system_monitor import SystemMonitor
 
 PLANNING_THREADS = 1  # warnings are caught for a whole process: two would get those of each other
 
@@ -27,6 +28,7 @@ class ServerState:
     """All that the routes share.
 
     Args:
+        needs_token: clients have tokens.
         hides_prompts: no prompt is written to the log.
         log: takes lines for the operator.
         hide_paths: takes the server's folders out of messages.
@@ -40,6 +42,8 @@ class ServerState:
     uploads: UploadStore
     signer: UrlSigner
     metrics: Metrics
+    monitor: SystemMonitor
+    needs_token: bool
     hides_prompts: bool
     log: Callable[[str], object]
     hide_paths: PathHider = field(default_factory=PathHider)

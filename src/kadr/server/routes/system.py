@@ -114,6 +114,21 @@ async def resume_queue(state: State, client: Sender) -> Any:
     return await _set_paused(state, client, False)
 
 
+@router.get("/v1/system", response_model=schema.SystemState, responses=envelope_responses(400, 401, 403))
+async def get_system(state: State, client: Sender) -> Any:
+    """Shows the server as a client sees it: its device, its disk, its bounds, and who the client is."""
+    facts = await to_thread.run_sync(state.monitor.read)
+    return {
+        **asdict(facts),
+        "version": __version__,
+        "max_queued": _max_queued(state, client),
+        "max_upload_bytes": state.uploads.limits.max_bytes,
+        "is_admin": client.is_admin,
+        "client": client.name or None,
+        "needs_token": state.needs_token,
+    }
+
+
 @router.get("/health", response_model=schema.Health, responses=_HEALTH)
 async def get_health(state: State) -> Response:
     """Tells whether the server is ready to make videos; if it is not, with the status 503."""
@@ -160,6 +175,13 @@ def _show_queue(state: ServerState, client: Client) -> dict[str, Any]:
         **state.queue.store.counts(client.scope),
         "problem": None if problem is None else "the server's disk is full or cannot be read",
     }
+
+
+def _max_queued(state: ServerState, client: Client) -> int:
+    """Returns the number of a client's videos that may wait."""
+    limits = state.queue.store.limits
+    share = limits.max_queued_per_owner if client.max_queued is None else client.max_queued
+    return limits.max_queued if share is None else min(share, limits.max_queued)
 
 
 async def _set_paused(state: ServerState, client: Client, is_paused: bool) -> dict[str, Any]:
