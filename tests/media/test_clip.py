@@ -12,6 +12,7 @@ import pytest
 import torch
 from av.video.reformatter import Interpolation
 
+from kadr.errors import MediaError
 from kadr.media import clip
 from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
@@ -146,3 +147,15 @@ def test_chroma_is_read_closer_to_the_truth_than_by_the_official_reader(
     ours, theirs, exact = (torch.from_numpy(np.stack(frames)).float() for frames in readings)
     assert relative_error(ours, exact) < 0.8 * relative_error(theirs, exact)
     assert 1e-3 < parity("clip", "4:2:0, chroma interpolated", "official", relative_error(ours, theirs)) <= 1e-1
+
+
+@pytest.mark.parametrize("name", ["closed.mp4", "mpeg4.avi"])
+def test_one_frame_is_that_of_a_full_decode(name: str, tmp_path: Path) -> None:
+    path = write_clip(tmp_path / name)
+    frames = clip.read_video(path).frames
+    for index in (0, 1, 37, FRAMES - 1, -1, -63, -FRAMES):
+        assert (clip.read_frame(path, index) == frames[index]).all()
+    assert (clip.read_frame(path, FRAMES, or_last=True) == frames[-1]).all()
+    for index in (FRAMES, -FRAMES - 1):
+        with pytest.raises(MediaError, match=r"has 100 frames, and none is frame .* Give -100 to 99"):
+            clip.read_frame(path, index)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
+from PIL import Image
 
+from kadr.media import clip as clip_module
+from kadr.media import image as image_module
 from tests.server.answers import MARKER
 from tests.server.client_server import ServerProcess
 from tests.server.opened_app import OpenedApp, open_app, some_tokens
@@ -56,3 +60,15 @@ def local_app(data_folder: Path, loop: asyncio.AbstractEventLoop) -> Iterator[Op
     """Returns an application without tokens, as on loopback, without workers."""
     with open_app(data_folder / "local", loop) as opened:
         yield opened
+
+
+@pytest.fixture
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets nobody open or decode media in this process: not the server's."""
+
+    def refuse(*arguments: Any, **keywords: Any) -> Any:
+        raise AssertionError("the server's own process opened a medium")
+
+    monkeypatch.setattr(image_module, "_open_file", refuse)
+    monkeypatch.setattr(clip_module, "_open_video", refuse)
+    monkeypatch.setattr(Image, "open", refuse)

@@ -11,6 +11,7 @@ ADMIN_ROUTES = {("POST", "/v1/queue/pause"), ("POST", "/v1/queue/resume"), ("GET
 UNKNOWN_VIDEO = "video_" + 32 * "0"
 UNKNOWN_UPLOAD = "upload_" + 32 * "0"
 _UNKNOWN = {"{video_id}": UNKNOWN_VIDEO, "{upload_id}": UNKNOWN_UPLOAD, "{name:path}": "nothing"}
+_UNKNOWN["{reference:path}"] = UNKNOWN_VIDEO
 
 
 def all_routes() -> list[tuple[str, str]]:

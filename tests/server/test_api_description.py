@@ -74,7 +74,8 @@ def address(described_server: RawServer) -> str:
 def things(described: OpenedApp) -> dict[str, str]:
     """Ids of a video and of an upload that are there."""
     described.state.queue.store.set_paused(False)
-    return {"video_id": described.submit(ADMIN), "upload_id": described.upload(image(), ADMIN)}
+    upload_id = described.upload(image(), ADMIN)
+    return {"video_id": described.submit(ADMIN), "upload_id": upload_id, "reference": upload_id}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 
 from kadr.jobs import events, job, worker
 from kadr.server.inputs import form_reader, uploads
+from kadr.server.inputs.frame_reader import DECODE_SECONDS
 from kadr.server.inputs.media_check import MediaLimits
 from kadr.server.routes.events import HEARTBEAT_SECONDS
 from kadr.server.schema import MAX_ITEMS, MAX_PROMPT_CHARACTERS
@@ -59,6 +60,7 @@ def test_limits_of_the_page_are_those_of_the_code(page: str) -> None:
         f"{upload.max_bytes >> 20} MiB, or `--max-upload-mb`",
         f"{media.max_pixels / 1e6:.0f} million pixels",
         f"sides of {media.max_side} pixels, {media.max_frames:,} frames",
+        f"{DECODE_SECONDS:.0f} seconds to decode it",
         f"{upload.max_count}, of {upload.max_client_bytes >> 30} GiB",
         f"{form_reader.MAX_FIELDS} fields, {form_reader.MAX_FIELDS_BYTES >> 20} MiB of text",
         f"{form_reader.MAX_FILES} files",

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from kadr.media.clip import ClipReader
+from kadr.media.image import fit_within
 
 THUMBNAIL_SIDE = 512  # pixels, at most
 SPRITE_SIDE, SPRITE_COLUMNS, MAX_SPRITES = 160, 5, 25
@@ -47,18 +48,12 @@ def write_stills(video: Path, thumbnail: Path, spritesheet: Path) -> None:
     sprites = []
     for index, frame in enumerate(reader):
         if index == 0:
-            _fit(Image.fromarray(frame), THUMBNAIL_SIDE).save(thumbnail, "JPEG", quality=_JPEG_QUALITY)
+            fit_within(Image.fromarray(frame), THUMBNAIL_SIDE).save(thumbnail, "JPEG", quality=_JPEG_QUALITY)
         if index in wanted:
-            sprites.append(_fit(Image.fromarray(frame), SPRITE_SIDE))
+            sprites.append(fit_within(Image.fromarray(frame), SPRITE_SIDE))
     width, height = sprites[0].size
     columns, rows = min(len(sprites), SPRITE_COLUMNS), -(-len(sprites) // SPRITE_COLUMNS)
     sheet = Image.new("RGB", (columns * width, rows * height))
     for place, sprite in enumerate(sprites):
         sheet.paste(sprite, (place % SPRITE_COLUMNS * width, place // SPRITE_COLUMNS * height))
     sheet.save(spritesheet, "JPEG", quality=_JPEG_QUALITY)
-
-
-def _fit(image: Image.Image, side: int) -> Image.Image:
-    """Returns an image whose longer side has at most so many pixels."""
-    scale = min(1.0, side / max(image.size))
-    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))

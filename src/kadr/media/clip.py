@@ -186,6 +186,25 @@ def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> C
         return Clip(np.stack(frames), _frame_rate(path, container), _find_request(container.metadata) or {})
 
 
+def read_frame(path: str | os.PathLike[str], index: int, *, or_last: bool = False) -> np.ndarray:
+    """Returns one frame of a video, uint8 (H, W, 3): RGB, full range, upright. The frames before it are decoded too.
+
+    Args:
+        index: from 0; a negative one counts from the end.
+        or_last: the last frame stands for those beyond it.
+
+    Raises:
+        MediaError: as `ClipReader.open`; or there is no such frame.
+    """
+    reader = ClipReader.open(path, None if index < 0 else index + 1)
+    count = len(reader)
+    if or_last:
+        index = min(index, count - 1)
+    if not -count <= index < count:
+        raise MediaError(f"{path} has {count} frames, and none is frame {index}. Give {-count} to {count - 1}.")
+    return next(iter(reader.select([index % count])))
+
+
 class ClipHeader(NamedTuple):
     """A video as its headers describe it.
 

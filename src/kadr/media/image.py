@@ -148,6 +148,12 @@ def largest_within(width: int, height: int, aspect: float) -> tuple[int, int]:
     return width, int(width / aspect)
 
 
+def fit_within(image: Image.Image, side: int) -> Image.Image:
+    """Returns an image whose longer side has at most so many pixels."""
+    scale = min(1.0, side / max(image.size))
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+
+
 def display_name(image: ImageInput) -> str:
     """Returns the name of an image in messages: its path, if it has one."""
     return "the image" if isinstance(image, (Image.Image, np.ndarray)) else os.fspath(image)

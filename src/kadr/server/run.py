@@ -30,6 +30,7 @@ from kadr.server.catalogue import Catalogue
 from kadr.server.connections import ConnectionLimits, allowed_connections, create_server
 from kadr.server.gate import GateRules
 from kadr.server.hidden_paths import PathHider
+from kadr.server.inputs.frame_reader import FrameReader
 from kadr.server.inputs.media_check import MediaChecker, MediaLimits
 from kadr.server.inputs.uploads import UploadLimits, UploadStore
 from kadr.server.metrics import Metrics
@@ -152,7 +153,7 @@ def open_state(
         min_free_bytes=settings.min_free_bytes,
         log=log,
     )
-    checker = MediaChecker(settings.media_limits)
+    checker, frames = MediaChecker(settings.media_limits), FrameReader()
     try:
         if settings.is_paused is not None:
             queue.store.set_paused(settings.is_paused)
@@ -168,6 +169,7 @@ def open_state(
             queue,
             catalogue,
             uploads,
+            frames,
             signer,
             metrics,
             _create_monitor(settings, catalogue),
@@ -187,6 +189,7 @@ def open_state(
     finally:
         queue.close()
         checker.close()
+        frames.close()
 
 
 def _make_private_folder(folder: Path) -> None:

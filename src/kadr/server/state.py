@@ -14,6 +14,7 @@ from kadr.server.auth import Client
 from kadr.server.catalogue import Catalogue
 from kadr.server.hidden_paths import PathHider
 from kadr.server.inputs.body_memory import BodyMemory
+from kadr.server.inputs.frame_reader import FrameReader
 from kadr.server.inputs.uploads import UploadStore
 from kadr.server.metrics import Metrics
 from kadr.server.signed_urls import UrlSigner
@@ -29,6 +30,7 @@ class ServerState:
 
     Args:
         needs_token: clients have tokens.
+        frames: decodes images and clips of clients.
         hides_prompts: no prompt is written to the log.
         log: takes lines for the operator.
         hide_paths: takes the server's folders out of messages.
@@ -40,6 +42,7 @@ class ServerState:
     queue: JobQueue
     catalogue: Catalogue
     uploads: UploadStore
+    frames: FrameReader
     signer: UrlSigner
     metrics: Metrics
     monitor: SystemMonitor

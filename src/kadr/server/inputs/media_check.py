@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Lock
 from typing import Any
-from weakref import WeakValueDictionary
-
-from anyio import CapacityLimiter, Semaphore, to_thread
 
 from kadr.errors import MediaError
+from kadr.server.inputs.media_process import MediaProcess
 
 HEADER_CHECK_SECONDS = 10.0
-MEMORY_BYTES = 3 << 30  # of address space, of which most is the libraries'
 MAX_METADATA_BYTES = 1 << 16  # three times the longest prompt
 MAX_OUTCOME_BYTES = 1 << 18
-RETRY_SECONDS = 5
 
 IMAGE, CLIP = "image", "clip"
 _EBML, _RIFF = b"\x1a\x45\xdf\xa3", b"RIFF"
@@ -137,15 +127,12 @@ def _read_metadata(path: Path) -> str:
     return text if len(text) <= MAX_METADATA_BYTES else ""
 
 
-class MediaChecker:
+class MediaChecker(MediaProcess):
     """Runs `read_facts` in another process, one file at a time. Threads may share it."""
 
     def __init__(self, limits: MediaLimits, seconds: float = HEADER_CHECK_SECONDS) -> None:
-        self._limits, self._seconds, self._lock = limits, seconds, Lock()
-        self._turns = CapacityLimiter(1)  # those that wait take none of the threads that all routes share
-        self._turns_of: WeakValueDictionary[str, Semaphore] = WeakValueDictionary()  # one of each client waits for them
-        self._process: Any = None
-        self._connection: Connection | None = None
+        super().__init__(_read_facts_as_json, seconds=seconds, max_bytes=MAX_OUTCOME_BYTES)
+        self._limits = limits
 
     async def check(self, path: Path, kind: str, owner: str = "") -> MediaFacts:
         """Returns the facts of a file.
@@ -157,57 +144,20 @@ class MediaChecker:
             MediaError: as `read_facts`; or the file stopped the process that looked at it.
             ApiError: the process cannot be started.
         """
-        turn = self._turns_of.get(owner)
-        if turn is None:
-            turn = self._turns_of[owner] = Semaphore(1)
-        async with turn:
-            return await to_thread.run_sync(self._check, path, kind, limiter=self._turns)
-
-    def close(self) -> None:
-        """Ends the process."""
-        with self._lock:
-            self._stop()
+        facts: MediaFacts = await self._take_turn(owner, self._check, path, kind)
+        return facts
 
     def _check(self, path: Path, kind: str) -> MediaFacts:
-        with self._lock:
-            connection = self._connection or self._start()
-            try:
-                connection.send((path, kind, self._limits))
-                if not connection.poll(self._seconds):
-                    raise EOFError
-                # Not unpickled: a file that took over that process must not take over this one.
-                outcome = json.loads(connection.recv_bytes(MAX_OUTCOME_BYTES))
-                if "facts" in outcome:
-                    return _check_facts(**outcome["facts"])
-                message = str(outcome["error"])
-            except (EOFError, OSError, ValueError, TypeError, KeyError) as error:
-                self._stop()
-                raise MediaError("the file cannot be read: it is damaged.") from error
-        raise MediaError(message.replace(str(path), "the file"))
+        facts: MediaFacts = self._ask(path, kind, self._limits, parse=_parse_facts)
+        return facts
 
-    def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")
-        connection, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(theirs,), name="kadr media check", daemon=True)
-        try:
-            process.start()
-        except OSError as error:
-            connection.close()
-            from kadr.server.errors import ApiError  # the process that looks at media does without its libraries
 
-            message = "the server cannot look at media now: it has too little memory. Try again later."
-            raise ApiError(503, message, code="busy", headers={"retry-after": str(RETRY_SECONDS)}) from error
-        finally:
-            theirs.close()
-        self._connection, self._process = connection, process
-        return connection
+def _read_facts_as_json(path: Path, kind: str, limits: MediaLimits) -> bytes:
+    return json.dumps(asdict(read_facts(path, kind, limits))).encode()
 
-    def _stop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._process.kill()
-            self._process.join()
-        self._connection = self._process = None
+
+def _parse_facts(answer: bytes) -> MediaFacts:
+    return _check_facts(**json.loads(answer))
 
 
 def _check_facts(**facts: Any) -> MediaFacts:
@@ -230,32 +180,3 @@ def _check_facts(**facts: Any) -> MediaFacts:
     ):
         raise ValueError("these are no facts of a medium")
     return checked
-
-
-def _run(connection: Connection) -> None:
-    """Checks file after file, until the pipe closes."""
-    _limit_resources()
-    while True:
-        try:
-            path, kind, limits = connection.recv()
-        except (EOFError, OSError):
-            return
-        connection.send_bytes(json.dumps(_outcome(partial(read_facts, path, kind, limits))).encode())
-
-
-def _outcome(read: Callable[[], MediaFacts]) -> dict[str, Any]:
-    try:
-        return {"facts": asdict(read())}
-    except MediaError as error:
-        return {"error": str(error)}
-    except Exception as error:  # of a library, for a file that nobody thought of
-        return {"error": f"the file cannot be read: {type(error).__name__}."}
-
-
-def _limit_resources() -> None:
-    """Bounds the memory of this process, and lets it write to no file."""
-    if sys.platform.startswith("linux"):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -114,6 +114,18 @@ def find_source(state: ServerState, client: Client, reference: str, index: int) 
     return MediaSource(path, f"{MEDIA_FOLDER}/{index}{suffix}", job_id, *facts)
 
 
+def require_file(path: Path, reference: str) -> Path:
+    """Returns the file of an id, or of its thumbnail, if it is there.
+
+    Raises:
+        ApiError: it is gone.
+    """
+    if not path.is_file():
+        message = f"the file of {reference} is no longer on the server's disk."
+        raise ApiError(404, message, code="content_not_found")
+    return path
+
+
 def _medium_of(
     state: ServerState, job_id: str, media: list[Mapping[str, object]], number: str, index: int
 ) -> MediaSource:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from kadr.jobs.engine_maker import SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
-from kadr.jobs.job import COMPLETED, FAILED
+from kadr.jobs.job import COMPLETED, FAILED, is_job_id
+from kadr.request.inputs import MAX_CLIP_FRAMES
 from kadr.server.errors import ApiError
+from kadr.server.inputs.media_sources import find_source, require_file
 from kadr.server.routes import documents
 from kadr.server.routes.views import SPRITESHEET, THUMBNAIL, VIDEO
 from kadr.server.state import Sender, ServerState, State
 
+MAX_TAGS_CHARACTERS = 2000
+# A medium never changes; but a browser may be used with another token.
+THUMBNAIL_HEADERS = {"cache-control": "private, max-age=86400", "vary": "Authorization"}
 FILE_HEADERS = {"cache-control": "private, no-store", "x-content-type-options": "nosniff"}
 _FILES = {
     VIDEO: (VIDEO_FILE, "video/mp4"),
@@ -49,6 +54,26 @@ async def get_preview(state: State, client: Sender, video_id: str) -> Response:
     if live is None or live.preview is None:
         raise ApiError(404, f"{job.id} has no preview now.", code="preview_not_found")
     return Response(live.preview, media_type="image/webp", headers=FILE_HEADERS)
+
+
+@router.get("/thumbnails/{reference:path}", **documents.SMALL_IMAGE)
+async def get_thumbnail(
+    state: State,
+    client: Sender,
+    reference: str,
+    frame: Annotated[int, Query(ge=0, le=MAX_CLIP_FRAMES)] = 0,
+    if_none_match: Annotated[str | None, Header(max_length=MAX_TAGS_CHARACTERS)] = None,
+) -> Response:
+    """Fetches a JPEG of an upload, a completed video or a medium of a video: of its first frame, or of `frame`."""
+    source = find_source(state, client, reference, 0)
+    headers = {**THUMBNAIL_HEADERS, "etag": f'"{source.digest}-{frame}"'}
+    if headers["etag"] in (if_none_match or ""):
+        return Response(status_code=304, headers=headers)
+    path, number = source.path, None if source.frames is None else frame
+    if is_job_id(reference) and frame == 0:
+        path, number = path.with_name(THUMBNAIL_FILE), None
+    jpeg = await state.frames.read_thumbnail(require_file(path, reference), number, client.name)
+    return Response(jpeg, media_type="image/jpeg", headers=headers)
 
 
 def answer_with_file(state: ServerState, job_id: str, variant: str) -> FileResponse:

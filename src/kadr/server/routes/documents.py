@@ -66,6 +66,10 @@ PREVIEW_FILE: dict[str, Any] = {
     "response_class": Response,
     "responses": {200: {"content": {"image/webp": {}}}, **ERRORS},
 }
+SMALL_IMAGE: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {200: {"content": {"image/jpeg": {}}}, 304: {"description": "The client has it."}, **ERRORS},
+}
 CONTENT: dict[str, Any] = {
     "response_class": FileResponse,
     "responses": {200: _FILE, 206: _FILE, **ERRORS, **envelope_responses(416)},

@@ -1,0 +1,75 @@
+"""Decodes images and single frames of clips, in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+from kadr.server.inputs.media_process import MediaProcess
+
+MAX_SIDE_PIXELS = 320  # pixels, at most
+DECODE_SECONDS = 30.0
+_JPEG_QUALITY = 85
+_SIDES = struct.Struct(">HH")
+MAX_THUMBNAIL_BYTES = 1 << 20  # of its pixels
+
+
+class FrameReader(MediaProcess):
+    """Decodes files of clients in another process, one at a time. Threads may share it."""
+
+    def __init__(self, seconds: float = DECODE_SECONDS) -> None:
+        too_slow = f"the frame was not decoded in {seconds:g} seconds. Cut the clip to the part that you need."
+        super().__init__(_decode, seconds=seconds, max_bytes=MAX_THUMBNAIL_BYTES, too_slow=too_slow)
+
+    async def read_thumbnail(self, path: Path, frame: int | None, owner: str = "") -> bytes:
+        """Returns a JPEG of an image or of a frame of a clip: upright, at most 320 pixels a side.
+
+        Args:
+            frame: of a clip, from 0; the last one stands for those beyond it. None: the file is an image.
+            owner: of the file, see `MediaChecker.check`.
+
+        Raises:
+            MediaError: the file is damaged, or takes too long.
+            ApiError: the process cannot be started.
+        """
+        thumbnail: bytes = await self._take_turn(owner, self._read_thumbnail, path, frame)
+        return thumbnail
+
+    def _read_thumbnail(self, path: Path, frame: int | None) -> bytes:
+        thumbnail: bytes = self._ask(path, frame, parse=_encode_thumbnail)
+        return thumbnail
+
+
+def _decode(path: Path, frame: int | None) -> bytes:
+    """Returns the width and height of a thumbnail, and its RGB pixels."""
+    from PIL import Image
+
+    from kadr.media.clip import read_frame
+    from kadr.media.image import fit_within, load_image
+
+    if frame is None:
+        image = load_image(path)
+    else:
+        image = Image.fromarray(read_frame(path, frame, or_last=True))
+    image = fit_within(image, MAX_SIDE_PIXELS)
+    return _SIDES.pack(*image.size) + image.tobytes()
+
+
+def _encode_thumbnail(answer: bytes) -> bytes:
+    """Returns a JPEG of pixels that another process sends, if they can be true.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    from PIL import Image
+
+    if len(answer) < _SIDES.size:
+        raise ValueError("this has no size")
+    width, height = _SIDES.unpack_from(answer)
+    pixels = answer[_SIDES.size :]
+    if not (0 < width <= MAX_SIDE_PIXELS and 0 < height <= MAX_SIDE_PIXELS and len(pixels) == 3 * width * height):
+        raise ValueError("these are no pixels of a thumbnail")
+    jpeg = io.BytesIO()
+    Image.frombytes("RGB", (width, height), pixels).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
+    return jpeg.getvalue()
