@@ -51,6 +51,7 @@ class FakeEngine:
     on_half_written: Callable[[], None] = lambda: None  # called while the video is half written
     latents: Any = None
     resume_flags: list[bool] = field(default_factory=list)
+    preview_flags: list[bool] = field(default_factory=list)
     prompts_encoded_ahead: list[str] = field(default_factory=list)
 
     def open(self, model: str | Path, **options: Any) -> FakeEngine:
@@ -87,8 +88,10 @@ class FakeEngine:
         watch: Callable[[Progress], None],
         on_plan: Callable[[Plan], None],
         resume: bool = False,
+        preview: bool = False,
     ) -> SimpleNamespace:
         self.resume_flags.append(resume)
+        self.preview_flags.append(preview)
         self.written_requests.append(request)
         on_plan(self.plan(request))
         resolved = self.complete(request)

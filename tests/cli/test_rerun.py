@@ -54,6 +54,12 @@ def write_video(tmp_path: Path) -> WriteVideo:
     return write
 
 
+def test_rerun_says_why_it_cannot_show_a_preview(kadr: Run, engine: FakeEngine, write_video: WriteVideo) -> None:
+    assert "there are no previews" in kadr("rerun", write_video(), "--preview").err
+    assert "there are no previews" not in kadr("rerun", write_video()).err
+    assert engine.preview_flags == [False, False]
+
+
 def test_rerun_uses_the_stored_request_and_model(
     kadr: Run, engine: FakeEngine, write_video: WriteVideo, tmp_path: Path
 ) -> None:

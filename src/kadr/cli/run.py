@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.output import print_path
+from kadr.cli.terminal.preview import TerminalPreview
 from kadr.cli.terminal.progress import format_duration, show_progress
 from kadr.errors import RequestError
 from kadr.request.request import Request
@@ -47,19 +48,21 @@ def write_video(
     resume: bool = False,
     kernels: Any = None,
     position: tuple[int, int] | None = None,
+    preview: TerminalPreview | None = None,
 ) -> None:
     """Makes the video and prints its path, or a JSON summary, on stdout.
 
     Args:
         resume, kernels: as for `Engine.write`.
         position: of several videos, (number of this one, number of videos).
+        preview: shows the preview of each step.
     """
     flags = "--resume"  # that resume it
     if position is not None:
         flags = f"its prompt, --seed {request.seed} --output {output} --resume"
-    with _report_finished_windows(output, flags), show_progress(position) as watch:
-        recorded = {"kernels": kernels} if kernels else {}
-        video_file = engine.write(request, output, watch=watch, on_plan=print_plan, resume=resume, **recorded)
+    more: dict[str, Any] = ({"kernels": kernels} if kernels else {}) | ({} if preview is None else {"preview": True})
+    with _report_finished_windows(output, flags), show_progress(position, preview) as watch:
+        video_file = engine.write(request, output, watch=watch, on_plan=print_plan, resume=resume, **more)
     report = summary(engine, video_file)
     if latents_path is not None:
         save_latents(video_file, latents_path, report)

@@ -22,6 +22,7 @@ from kadr.cli.terminal.errors import (
     print_stdout,
     refuse_failures,
 )
+from kadr.cli.terminal.preview import open_preview
 from kadr.cli.terminal.progress import show_progress
 from kadr.errors import ignore_kadr_warnings
 from kadr.pipeline.series.encode_ahead import ENCODED_AHEAD, encode_prompts_ahead
@@ -91,6 +92,7 @@ class SeriesWriter:
     ) -> None:
         self.engine, self.series, self.reserve, self.enhancer = engine, series, reserve, enhancer
         self.flags, self.is_encoded_ahead = flags.output, enhancer is None and not flags.model.no_prompt_cache
+        self.preview = open_preview() if flags.output.preview else None
         self._num_finished = 0
         self._enhanced: dict[str, Request] = {}  # by prompt
 
@@ -124,6 +126,7 @@ class SeriesWriter:
                 as_json=self.flags.json,
                 resume=self.flags.resume,
                 position=position,
+                preview=self.preview,
             )
         self._num_finished += 1
 

@@ -13,6 +13,7 @@ from kadr.cli import run
 from kadr.cli.flags import options
 from kadr.cli.output_path import reserve_output
 from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.preview import open_preview
 from kadr.errors import CheckpointError, MediaError
 from kadr.quoting import quote, show
 from kadr.request.request import Request, refuse_missing_media
@@ -40,6 +41,7 @@ def rerun(
     release: options.Release = None,
     device: options.RerunDevice = None,
     resume: options.Resume = False,
+    preview: options.Preview = False,
     json: options.Json = False,
 ) -> None:
     """Make a video again from its file.
@@ -51,7 +53,15 @@ def rerun(
     refuse_missing_media(request)
     with reserve_output(request, output, beside=file, resume=resume) as reserved_path:
         engine = reopen_engine(record, model, device, release=release)
-        run.write_video(engine, request, reserved_path, as_json=json, resume=resume, kernels=record.get("kernels"))
+        run.write_video(
+            engine,
+            request,
+            reserved_path,
+            as_json=json,
+            resume=resume,
+            kernels=record.get("kernels"),
+            preview=open_preview() if preview else None,
+        )
 
 
 def _parse_request(record: Mapping[str, Any], seed: int | None) -> Request:

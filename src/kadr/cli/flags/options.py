@@ -45,6 +45,7 @@ ModelsDir = Annotated[
 ]
 Resume = Annotated[bool, flag("--resume", None, "Resume a long video from the finished windows beside it.")]
 Json = Annotated[bool, flag("--json", None, "Print one JSON object instead.")]
+Preview = Annotated[bool, flag("--preview", None, "Show on the terminal what the video will be, while it is denoised.")]
 Devices = Annotated[
     list[str] | None,
     flag("--device", "auto|cpu|cuda:N|mps", "Device of a worker; may be repeated, for one worker each."),
@@ -132,6 +133,7 @@ class OutputFlags:
         ),
     ] = None
     resume: Resume = False
+    preview: Preview = False
     json: Annotated[bool, flag("--json", None, "Print one JSON object instead, on a line for each video.")] = False
     dry_run: Annotated[bool, flag("--dry-run", None, "Print every step of the run; make nothing.")] = False
     save_latents: Annotated[

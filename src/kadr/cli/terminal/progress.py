@@ -6,12 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.preview import FRAMES_PER_SECOND, TerminalPreview
 from kadr.pipeline.progress import Progress, StageProgress, Watch
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
 
 SECONDS_BETWEEN_LINES = 5.0  # without a terminal
 STAGE_LABELS = {
+    "preview": "fitting previews",
     "text": "encoding the prompt",
     "control": "rendering controls",
     "encode": "encoding images",
@@ -24,14 +30,15 @@ STAGE_LABELS = {
 
 
 @contextmanager
-def show_progress(position: tuple[int, int] | None = None) -> Iterator[Watch]:
+def show_progress(position: tuple[int, int] | None = None, preview: TerminalPreview | None = None) -> Iterator[Watch]:
     """Yields a watcher that shows progress until the block ends.
 
     Args:
         position: of several videos, (number of this one, number of videos).
+        preview: shows the preview of each step, on a terminal.
     """
     if sys.stderr.isatty():
-        with _watch_in_bars(position) as watch:
+        with _watch_in_bars(position, preview) as watch:
             yield watch
     else:
         yield watch_in_lines(position=position)
@@ -53,24 +60,47 @@ def watch_in_lines(clock: Callable[[], float] = time.monotonic, *, position: tup
 
 
 @contextmanager
-def _watch_in_bars(position: tuple[int, int] | None) -> Iterator[Watch]:
+def _watch_in_bars(position: tuple[int, int] | None, preview: TerminalPreview | None) -> Iterator[Watch]:
     # Imported here, because rich takes as long to load as all of `kadr --help`.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
-    name_column, time_column = TextColumn("{task.description:<19}"), TextColumn("{task.fields[left]}")
-    columns = (name_column, BarColumn(), MofNCompleteColumn(), time_column)
     tasks: dict[str, TaskID] = {}
-    with Bars(*columns, console=Console(stderr=True), redirect_stdout=False) as bars:
+    with _create_bars(preview) as bars:
 
         def watch(progress: Progress) -> None:
             if progress.step == 0 or progress.stage not in tasks:
                 tasks[progress.stage] = bars.add_task(STAGE_LABELS.get(progress.stage, progress.stage), left="")
             left, name = _time_left(progress), _stage_label(progress, position)
             bars.update(tasks[progress.stage], description=name, completed=progress.step, total=progress.of, left=left)
+            if preview is not None and (frames := progress.preview) is not None:
+                preview.show(frames)
 
-        yield watch
+        try:
+            yield watch
+        finally:
+            if preview is not None:
+                preview.show(None)  # the last redraw, when the bars are closed, removes it
+
+
+def _create_bars(preview: TerminalPreview | None) -> Bars:
+    """Returns bars of rich on stderr, with the previews below them."""
+    from rich.console import Console, RenderableType
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    class BarsAndPreview(Bars):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield from super().get_renderables()
+            if preview is not None:
+                yield preview
+
+    name_column, time_column = TextColumn("{task.description:<19}"), TextColumn("{task.fields[left]}")
+    return BarsAndPreview(
+        *(name_column, BarColumn(), MofNCompleteColumn(), time_column),
+        console=Console(stderr=True),
+        redirect_stdout=False,
+        refresh_per_second=10 if preview is None else FRAMES_PER_SECOND,
+    )
 
 
 def _stage_label(progress: Progress, position: tuple[int, int] | None) -> str:
