@@ -12,6 +12,7 @@ from kadr.errors import Busy, CheckpointError
 from kadr.memory.module_cache import ModuleCache
 from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.notices import Notices
+from kadr.pipeline.progress import Watch
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.stages.control_networks import fetch_networks
 from kadr.pipeline.stages.preview import PreviewMap, open_preview_map
@@ -98,15 +99,16 @@ class OpenModel:
             self._prompt_cache_location, spec.text_encoder_checkpoint, dtype=spec.dtype, device=spec.device.type
         )
 
-    def open_preview_map(self, notices: Notices) -> PreviewMap | None:
+    def open_preview_map(self, notices: Notices, watch: Watch) -> PreviewMap | None:
         """Returns the map for previews, fitted to the VAE where no earlier generation has stored it.
 
         Args:
             notices: takes the reason why there is none.
+            watch: called with the progress of a fit.
         """
         if self._preview_map is None:
             try:
-                self._preview_map = open_preview_map(self.loader, self._prompt_cache_location)
+                self._preview_map = open_preview_map(self.loader, self._prompt_cache_location, watch)
             except (CheckpointError, MemoryError) as error:
                 notices.add(f"there are no previews: {error or 'memory is full'}")
         return self._preview_map

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+PREVIEW_STAGE = "preview"  # fits the map for previews; no stage of a video, and not in a plan
 STAGES = ("text", "control", "encode", "train", "denoise", "upscale", "refine", "decode")
 
 
@@ -18,10 +19,11 @@ class Progress:
     """One progress report.
 
     Args:
-        stage: "text", "control" (a network estimates depth or poses), "encode" (only with images or clips),
-            "denoise", then "upscale" and "refine" if there is a second pass, and "decode".
+        stage: "preview" (the map for previews is fitted, once per VAE), "text", "control" (a network estimates depth or
+            poses), "encode" (only with images or clips), "denoise", then "upscale" and "refine" if there is a second
+            pass, and "decode".
         step: number of finished steps of the stage, 0 when it starts.
-        of: total number of steps. Steps of "control" and "decode" are frames.
+        of: total number of steps. Steps of "control" and "decode" are frames, those of "preview" clips.
         sigma: sigma of the step just finished; None except in "denoise" and "refine".
         eta: estimated seconds until the stage ends, at its pace so far; None before its first step.
         window: of a long video, (number of the current window from 1, number of windows). Steps count over all windows.

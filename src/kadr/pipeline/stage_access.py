@@ -105,7 +105,7 @@ class StageAccess:
             restore_calibrated_kernels(self.spec)
             notices = Notices(self.spec.notices)
             modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
-            preview_map = self._model.open_preview_map(notices) if preview else None
+            preview_map = self._model.open_preview_map(notices, watch) if preview else None
             generation = Generation(resolved, modules, encoder, watch, token, preview_map)
             if prompts is None and (not stages or "text" in stages):
                 warn_of_prompts(resolved, self.spec)

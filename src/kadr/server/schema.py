@@ -175,7 +175,8 @@ class VideoJob(BaseModel):
     seq: int = Field(description="Number of the last change, rising: an answer with a lower one is older.")
     queue_position: int | None = Field(None, description="Place from 1, about; null unless it is queued.")
     stage: str | None = Field(
-        None, description="text, control, encode, denoise, upscale, refine or decode; null unless it is in progress."
+        None,
+        description="preview, text, control, encode, denoise, upscale, refine, decode; null unless in progress.",
     )
     step: int | None = Field(None, description="Of the stage, from 0.")
     steps: int | None = Field(None, description="Number of steps of the stage.")

@@ -24,6 +24,7 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.vae import VAE
 from kadr.pipeline.loading.module_loader import ModuleLoader
+from kadr.pipeline.progress import PREVIEW_STAGE, StageProgress, Watch, ignore_progress
 from kadr.schema import PREVIEW_CACHE_NUMBER
 from kadr.shapes import TEMPORAL_COMPRESSION, LatentGrid
 from kadr.validation import expand_home
@@ -57,10 +58,11 @@ class PreviewMap:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vae: VAE) -> PreviewMap:
+    def fit(cls, vae: VAE, watch: Watch = ignore_progress) -> PreviewMap:
         """Fits the map to a VAE with its encoder, on the CPU in fp32: the same on every machine, up to rounding."""
         generator, inputs, targets = torch.Generator().manual_seed(0), [], []
-        for _ in range(_NUM_CLIPS // _BATCH):
+        progress = StageProgress(PREVIEW_STAGE, _NUM_CLIPS, watch)
+        for num_clips in range(_BATCH, _NUM_CLIPS + 1, _BATCH):
             clips = torch.stack([draw_clip(_SIDE, _FRAMES, generator) for _ in range(_BATCH)])
             latents = vae.encode(clips * 2 - 1)
             frames = clips[:, :, [0, *range(_MIDDLE, _FRAMES, TEMPORAL_COMPRESSION)]].transpose(1, 2).flatten(0, 1)
@@ -68,6 +70,7 @@ class PreviewMap:
             blocks = small.unflatten(3, (-1, CELL)).unflatten(2, (-1, CELL)).permute(0, 2, 4, 3, 5, 1)
             inputs.append(latents.transpose(0, 1).flatten(1).T)  # (clips * f * h * w, C)
             targets.append(blocks.reshape(-1, CELL * CELL * 3))
+            progress.report(num_clips)
         rows = torch.cat(inputs).double()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
         gram = rows.T @ rows
@@ -100,11 +103,12 @@ def draw_clip(side: int, frames: int, generator: torch.Generator) -> Tensor:
     return torch.stack(pans, 1).clamp(0, 1)
 
 
-def open_preview_map(loader: ModuleLoader, location: bool | Path) -> PreviewMap:
+def open_preview_map(loader: ModuleLoader, location: bool | Path, watch: Watch = ignore_progress) -> PreviewMap:
     """Returns the map of a model's VAE, from the cache on disk, or fitted and stored there.
 
     Args:
         location: as `prompt_cache` of `Engine.open`: a folder; True for the usual one, False for none.
+        watch: called with the progress of a fit.
 
     Raises:
         CheckpointError: the VAE cannot be read, or has no encoder.
@@ -116,7 +120,7 @@ def open_preview_map(loader: ModuleLoader, location: bool | Path) -> PreviewMap:
             weights = Source.open(path).read(_WEIGHTS_KEY).clone()
             if weights.shape == shape:
                 return PreviewMap(weights)
-    preview_map = PreviewMap.fit(loader.load_vae_encoder(torch.float32, keep_storage_dtype=False))
+    preview_map = PreviewMap.fit(loader.load_vae_encoder(torch.float32, keep_storage_dtype=False), watch)
     if path is not None:
         with suppress(OSError, CheckpointError):
             path.parent.mkdir(parents=True, exist_ok=True)
