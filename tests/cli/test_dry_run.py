@@ -91,7 +91,7 @@ def test_steps_of_13b_dev_are_the_official_ones(kadr: Run, args: list[str]) -> N
         for row, (sigma, (scale, stg, rescale, blocks)) in zip(rows, expected, strict=True):
             numbers = [sigma, f"{scale:g}", f"{stg:g}", f"{rescale:g}"]
             assert row[1:] == [*numbers, ",".join(map(str, blocks)) or "-"]
-    assert "ltxv-13b-0.9.8-dev, not on disk: 28.6 G bytes to fetch" in result.out
+    assert "ltxv-13b-0.9.8-dev, not on disk: 28.6 GB to fetch" in result.out
     assert result.out.endswith("\n\n88 model evaluations.\n")
 
 
@@ -114,7 +114,7 @@ def test_loras_are_listed_and_those_on_disk_are_checked(kadr: Run, tmp_path: Pat
     )
     assert result.code == 0, result.err
     lora_lines = [" ".join(line.split()) for line in result.out.splitlines() if line.startswith("LoRA")]
-    absent = "LoRA ltxv-13b-0.9.7-ic-lora-pose, not on disk: 151 M bytes to fetch, strength 1, 0 in a second pass"
+    absent = "LoRA ltxv-13b-0.9.7-ic-lora-pose, not on disk: 151 MB to fetch, strength 1, 0 in a second pass"
     assert lora_lines == [f"LoRA {lora}, strength 0.5", absent]
     for other in (lora, absent_lora):
         result = kadr("generate", "a", "--model", "demo", "--lora", other, "--dry-run")

@@ -93,23 +93,6 @@ def test_bad_usage_ends_with_2(kadr: Run, args: list[str]) -> None:
     assert "Error: No such" in result.err
 
 
-def test_lines_come_every_few_seconds_and_at_the_end_of_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    now = 0.0
-    watch = progress.watch_in_lines(lambda: now)
-    watch(Progress("text", 0, 1))
-    watch(Progress("text", 1, 1, eta=0.0))
-    for step in range(8):
-        now += 2.0
-        watch(Progress("denoise", step + 1, 9, eta=2.0 * (8 - step)))
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == [
-        "encoding the prompt: 1 of 1",
-        "denoising: 3 of 9, 0:12 left",
-        "denoising: 6 of 9, 0:06 left",
-    ]
-
-
 def test_terminal_gets_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -127,11 +110,6 @@ def test_terminal_gets_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert all(text in output for text in ("denoising", "2/4", "decoding", "9/9"))
     assert "data" not in output
     assert capsys.readouterr().out == "data\n"
-
-
-@pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (61.0, "1:01"), (3723.2, "1:02:03")])
-def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
-    assert progress.format_duration(seconds) == text
 
 
 def test_letters_that_the_terminal_lacks_are_printed_as_escapes() -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.output import print_path
 from kadr.cli.terminal.preview import TerminalPreview
-from kadr.cli.terminal.progress import format_duration, show_progress
+from kadr.cli.terminal.progress import show_progress
 from kadr.errors import RequestError
+from kadr.pipeline.display.progress_lines import format_duration
 from kadr.request.request import Request
 from kadr.request.windows import window_folder_path
 from kadr.schema import LATENTS

@@ -17,7 +17,8 @@ from kadr.cancellation import CancelToken
 from kadr.errors import KadrError, KadrWarning, RequestError
 from kadr.file_names import replace_file
 from kadr.jobs.job import canonical_json
-from kadr.jobs.stills import encode_preview, write_stills
+from kadr.jobs.stills import write_stills
+from kadr.media.webp import encode_webp
 from kadr.media.writer import PARTIAL_PATTERN
 from kadr.pipeline.progress import Progress
 from kadr.planning.plan import Plan
@@ -147,7 +148,7 @@ class _Watcher:
         if not self._previews or time.monotonic() < self._next_preview_at:
             return
         if (frames := progress.preview) is not None:
-            self._report("preview", encode_preview(frames, PREVIEW_SECONDS))
+            self._report("preview", encode_webp(frames, PREVIEW_SECONDS))
             self._next_preview_at = time.monotonic() + SECONDS_BETWEEN_PREVIEWS
 
 

@@ -1,11 +1,9 @@
-"""Small images of a video: previews on the way, then a thumbnail and a spritesheet of the finished one."""
+"""Small images of a finished video: a thumbnail and a spritesheet."""
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from kadr.media.clip import ClipReader
@@ -14,24 +12,6 @@ from kadr.media.image import fit_within
 THUMBNAIL_SIDE = 512  # pixels, at most
 SPRITE_SIDE, SPRITE_COLUMNS, MAX_SPRITES = 160, 5, 25
 _JPEG_QUALITY = 85
-_WEBP_QUALITY, _WEBP_EFFORT = 60, 0  # a preview is there for a moment: smaller files would take longer to make
-
-
-def encode_preview(frames: np.ndarray, seconds: float) -> bytes:
-    """Returns frames uint8 (F, H, W, 3) as an animated WebP that plays in so many seconds, again and again."""
-    first, *others = (Image.fromarray(frame) for frame in frames)
-    content = BytesIO()
-    first.save(
-        content,
-        "WEBP",
-        save_all=True,
-        append_images=others,
-        duration=max(20, round(1000 * seconds / len(frames))),
-        loop=0,
-        quality=_WEBP_QUALITY,
-        method=_WEBP_EFFORT,
-    )
-    return content.getvalue()
 
 
 def write_stills(video: Path, thumbnail: Path, spritesheet: Path) -> None:

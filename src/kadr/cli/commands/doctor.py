@@ -117,7 +117,7 @@ def _read_machine(device_name: str, spec: ModelSpec | None, findings: Findings) 
 
 def _print(machine: Machine, spec: ModelSpec | None, findings: Findings, *, as_json: bool) -> None:
     from kadr.cli.terminal.diagnosis import print_diagnosis
-    from kadr.cli.terminal.dry_run import component_rows
+    from kadr.pipeline.display.dry_run_rows import component_rows
 
     components = () if spec is None else spec.components
     if as_json:

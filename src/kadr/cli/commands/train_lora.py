@@ -12,8 +12,9 @@ from kadr.cli import run
 from kadr.cli.flags import options, parse
 from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.output import print_path
-from kadr.cli.terminal.progress import format_duration, show_progress
+from kadr.cli.terminal.progress import show_progress
 from kadr.errors import Cancelled, MediaError
+from kadr.pipeline.display.progress_lines import format_duration
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kadr.cli.terminal.errors import MAX_ERROR_LINE, print_stderr
-from kadr.cli.terminal.progress import STAGE_LABELS, format_duration
+from kadr.pipeline.display.progress_lines import STAGE_LABELS, format_duration
 
 if TYPE_CHECKING:
     from kadr.batch.outcome import RowOutcome

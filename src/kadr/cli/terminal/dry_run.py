@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from kadr.cli.terminal.table import format_columns, format_si
+from kadr.cli.terminal.table import format_columns
+from kadr.pipeline.display.dry_run_rows import STEP_HEAD, describe_request, pass_headline, step_rows
 from kadr.pipeline.dry_run import DryRun
 from kadr.quoting import escape
-from kadr.request.inputs import Condition
-from kadr.request.passes import ResolvedPass
-from kadr.request.windows import Windows
-from kadr.sampling.samplers import EULER
-from kadr.sampling.settings import ATTENTION_VALUES
-from kadr.spec.locate import ModelComponent
 
 
 def format_dry_run(dry_run: DryRun, *, as_json: bool) -> str:
@@ -22,120 +17,10 @@ def format_dry_run(dry_run: DryRun, *, as_json: bool) -> str:
 
 
 def _lines(dry_run: DryRun) -> Iterator[str]:
-    yield from format_columns(
-        [*component_rows(dry_run.components), *_video(dry_run), *_media(dry_run), *_decoding(dry_run)]
-    )
+    yield from format_columns(list(describe_request(dry_run.components, dry_run.resolved)))
     for resolved_pass in dry_run.passes:
         yield ""
-        yield _headline(resolved_pass)
-        yield from format_columns(list(_steps(resolved_pass)))
+        yield pass_headline(resolved_pass)
+        yield from format_columns([STEP_HEAD, *step_rows(resolved_pass)])
     yield ""
     yield f"{dry_run.resolved.model_evaluations} model evaluations."
-
-
-def component_rows(components: Iterable[ModelComponent]) -> Iterator[tuple[str, str]]:
-    """Yields the role of each component, and its name, release, state on disk and strengths."""
-    for component in components:
-        yield component.role, f"{component.name}{_release(component)}{_disk_state(component)}{_strengths(component)}"
-
-
-def _release(component: ModelComponent) -> str:
-    release = component.release
-    return "" if release is None or release.name == component.name else f", release {release.name}"
-
-
-def _disk_state(component: ModelComponent) -> str:
-    if component.path is not None:
-        return ""
-    size = f": {format_si(component.bytes_to_fetch)} bytes to fetch" if component.bytes_to_fetch else ""
-    return f", not on disk{size}"
-
-
-def _strengths(component: ModelComponent) -> str:
-    if component.strengths is None:
-        return ""
-    first, second = component.strengths
-    return f", strength {first:g}" + (f", {second:g} in a second pass" if second != first else "")
-
-
-def _video(dry_run: DryRun) -> Iterator[tuple[str, str]]:
-    resolved = dry_run.resolved
-    if resolved.windows is None:
-        yield "prompt", resolved.request.prompt
-    else:
-        yield from _windows(dry_run, resolved.windows)
-    if resolved.uses_cfg:
-        yield "negative prompt", resolved.negative_prompt or "(empty)"
-    yield "size", f"{resolved.size}, sampled at {resolved.sampled_size}"
-    yield "frames", f"{resolved.frames}, sampled as {resolved.sampled_frames}"
-    yield "fps", f"{resolved.fps:g}"
-    yield "seed", str(resolved.seed)
-    if resolved.step_cache is not None:
-        yield "step cache", str(resolved.step_cache)
-
-
-def _windows(dry_run: DryRun, windows: Windows) -> Iterator[tuple[str, str]]:
-    last = len(dry_run.resolved.prompts)
-    for number, prompt in enumerate(dry_run.resolved.prompts, 1):
-        position = f"window {number}" if number < last else f"from window {number} on"
-        yield "prompt", f"{prompt} ({position})"
-    settings = f"AdaIN {windows.adain:g}, strength {windows.overlap_strength:g}"
-    lengths = f"{dry_run.window_count} of up to {windows.frames} frames, of which {windows.overlap} overlap"
-    yield "windows", f"{lengths}; {settings}"
-    if windows.anchor_strength:
-        yield "anchor image", f"the image at frame 0, strength {windows.anchor_strength:g}"
-
-
-def _media(dry_run: DryRun) -> Iterator[tuple[str, str]]:
-    resolved, denoise_strength = dry_run.resolved, dry_run.resolved.request.denoise_strength
-    if resolved.input_video is not None:
-        strength = "" if denoise_strength is None else f", strength {denoise_strength:g}"
-        yield "input video", f"{resolved.input_video.path}{strength}"
-    for condition in resolved.conditions:
-        kind = "clip" if len(condition.media) > 1 else "image"
-        yield kind, f"{condition}{_strength_and_box(condition.condition)}"
-    for control in resolved.controls:
-        yield "control", f"{control.control} (frames 0 to {len(control.media) - 1})"
-    if resolved.conditions or resolved.input_video is not None:
-        yield "images", f"through H.264 at quality {resolved.image_crf}, noise {resolved.image_noise:g}"
-
-
-def _strength_and_box(condition: Condition) -> str:
-    """Returns the strength of a condition, and its box if it has one."""
-    box = "" if condition.box is None else f", box {','.join(map(str, condition.box))}"
-    return f", strength {condition.strength:g}{box}"
-
-
-def _decoding(dry_run: DryRun) -> Iterator[tuple[str, str]]:
-    resolved, last = dry_run.resolved, dry_run.resolved.passes[-1].settings
-    tone_map = f", tone map {last.tone_map:g}" if last.tone_map else ""
-    yield "decoding", f"at timestep {resolved.decode_timestep:g}, noise {resolved.decode_noise:g}{tone_map}"
-
-
-def _headline(resolved_pass: ResolvedPass) -> str:
-    grid, settings = resolved_pass.grid, resolved_pass.settings
-    guidance = settings.guidance
-    options = {
-        f"sampler {settings.sampler}": settings.sampler != EULER,
-        f"STG by {guidance.stg_mode or ATTENTION_VALUES}": any(
-            step.stg_scale > 0 for step in resolved_pass.evaluation_guidance
-        ),
-        "CFG*": bool(guidance.cfg_star) and resolved_pass.uses_cfg,
-        f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and resolved_pass.uses_cfg,
-    }
-    video = f"{resolved_pass.size}, {resolved_pass.frames} frames at {resolved_pass.fps:g} per second"
-    latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.num_tokens} tokens"
-    label = (
-        f"pass {resolved_pass.number}"
-        if resolved_pass.window_count == 1
-        else f"each of {resolved_pass.window_count} windows"
-    )
-    return "; ".join([f"{label}: {video}", latents, *(option for option, is_on in options.items() if is_on)])
-
-
-def _steps(resolved_pass: ResolvedPass) -> Iterator[tuple[str, ...]]:
-    yield "step", "sigma", "guidance", "stg", "rescale", "blocks"
-    for number, step in enumerate(resolved_pass.evaluations, 1):
-        for index, (sigma, guidance) in enumerate(step):
-            values = (f"{value:g}" for value in (sigma, guidance.cfg_scale, guidance.stg_scale, guidance.rescale))
-            yield str(number) if index == 0 else "", *values, ",".join(map(str, guidance.skip_blocks)) or "-"

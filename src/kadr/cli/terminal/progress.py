@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kadr.cli.terminal.errors import print_stderr
 from kadr.cli.terminal.preview import FRAMES_PER_SECOND, TerminalPreview
+from kadr.pipeline.display.progress_lines import STAGE_LABELS, stage_label, time_left, watch_in_lines
 from kadr.pipeline.progress import Progress, StageProgress, Watch
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
-
-SECONDS_BETWEEN_LINES = 5.0  # without a terminal
-STAGE_LABELS = {
-    "preview": "fitting previews",
-    "text": "encoding the prompt",
-    "control": "rendering controls",
-    "encode": "encoding images",
-    "train": "training",
-    "denoise": "denoising",
-    "upscale": "upscaling",
-    "refine": "refining",
-    "decode": "decoding",
-}
 
 
 @contextmanager
@@ -41,22 +28,7 @@ def show_progress(position: tuple[int, int] | None = None, preview: TerminalPrev
         with _watch_in_bars(position, preview) as watch:
             yield watch
     else:
-        yield watch_in_lines(position=position)
-
-
-def watch_in_lines(clock: Callable[[], float] = time.monotonic, *, position: tuple[int, int] | None = None) -> Watch:
-    """Returns a watcher that prints a line at the end of every stage, and every few seconds; see `show_progress`."""
-    last = clock()
-
-    def watch(progress: Progress) -> None:
-        nonlocal last
-        if 0 < progress.step == progress.of or clock() - last >= SECONDS_BETWEEN_LINES:
-            last = clock()
-            print_stderr(
-                f"{_stage_label(progress, position)}: {progress.step} of {progress.of}{_time_left(progress, ', ')}"
-            )
-
-    return watch
+        yield watch_in_lines(print_stderr, position=position)
 
 
 @contextmanager
@@ -70,7 +42,7 @@ def _watch_in_bars(position: tuple[int, int] | None, preview: TerminalPreview | 
         def watch(progress: Progress) -> None:
             if progress.step == 0 or progress.stage not in tasks:
                 tasks[progress.stage] = bars.add_task(STAGE_LABELS.get(progress.stage, progress.stage), left="")
-            left, name = _time_left(progress), _stage_label(progress, position)
+            left, name = time_left(progress), stage_label(progress, position)
             bars.update(tasks[progress.stage], description=name, completed=progress.step, total=progress.of, left=left)
             if preview is not None and (frames := progress.preview) is not None:
                 preview.show(frames)
@@ -101,25 +73,6 @@ def _create_bars(preview: TerminalPreview | None) -> Bars:
         redirect_stdout=False,
         refresh_per_second=10 if preview is None else FRAMES_PER_SECOND,
     )
-
-
-def _stage_label(progress: Progress, position: tuple[int, int] | None) -> str:
-    places = (("window", progress.window), ("video", position))
-    counts = [f"{name} {place[0]} of {place[1]}" for name, place in places if place is not None]
-    return ", ".join([STAGE_LABELS.get(progress.stage, progress.stage), *counts])
-
-
-def _time_left(progress: Progress, prefix: str = "") -> str:
-    """Returns the time left in the stage; "" if it is unknown or over."""
-    is_known = progress.eta is not None and progress.step < progress.of
-    return f"{prefix}{format_duration(progress.eta or 0)} left" if is_known else ""
-
-
-def format_duration(seconds: float) -> str:
-    """Formats seconds as 0:07 or 1:02:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def report_tensors(name: str, watch: Watch) -> Callable[[int, int], None]:
