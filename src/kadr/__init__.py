@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from kadr.media.clip import read_metadata
     from kadr.models.registry import Recipe
+    from kadr.pipeline.display.progress_bar import ProgressBar
     from kadr.pipeline.dry_run import DryRun
     from kadr.pipeline.engine import Engine
     from kadr.pipeline.generation import Generation
@@ -71,6 +72,7 @@ _HOMES = {
     "Plan": "kadr.planning.plan",
     "PlanError": "kadr.errors",
     "Progress": "kadr.pipeline.progress",
+    "ProgressBar": "kadr.pipeline.display.progress_bar",
     "Recipe": "kadr.models.registry",
     "Request": "kadr.request.request",
     "RequestError": "kadr.errors",
@@ -106,6 +108,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Progress",
+    "ProgressBar",
     "Recipe",
     "Request",
     "RequestError",

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "kadr"
 FLOORS = (  # from the lowest up; __init__ re-exports the public names and may import all of them
     "quoting version",
-    "errors",
+    "errors notebook",
     "file_names json_reader regular_file validation yaml_reader",
     "cache_home cancellation schema shapes",
     "atomic_write",

@@ -106,6 +106,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     ),
     "os.close": ("of a folder, not on Windows", {"atomic_write.py"}),
     "os.cpu_count": ("may be None, which is stored as it is", {"planning/calibration/storage.py"}),
+    "os.startfile": ("only on Windows, which alone has it", {"pipeline/display/player.py"}),
     "os.devnull": ("names each system's own", {"cli/terminal/closed_streams.py", "cli/terminal/errors.py"}),
     "os.dup2": ("exists everywhere; OSError and ValueError are suppressed", {"cli/terminal/errors.py"}),
     "os.fdopen": ("exists everywhere", {"cli/terminal/closed_streams.py"}),

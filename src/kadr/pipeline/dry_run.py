@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kadr.notebook.html import lines, table
+from kadr.pipeline.display.dry_run_rows import STEP_HEAD, describe_request, pass_headline, step_rows
 from kadr.request.passes import (
     Evaluation,
     ResolvedPass,
@@ -40,6 +42,12 @@ class DryRun:
     def window_count(self) -> int:
         """Number of windows; 1 without windows."""
         return len(self.resolved.window_passes) or 1
+
+    def _repr_html_(self) -> str:
+        parts = [table(describe_request(self.components, self.resolved))]
+        for resolved_pass in self.passes:
+            parts += [lines([pass_headline(resolved_pass)]), table(step_rows(resolved_pass), head=STEP_HEAD)]
+        return "".join([*parts, lines([f"{self.resolved.model_evaluations} model evaluations."])])
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data, as `--dry-run --json` prints it."""

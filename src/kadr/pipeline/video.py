@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from kadr.media.writer import VideoWriter
+from kadr.notebook.kernel import notebook_display
+from kadr.pipeline.display.player import find_opener, play
+from kadr.pipeline.display.video_html import video_file_html, video_in_memory_html
+from kadr.quoting import quote
 from kadr.request.request import Request
 from kadr.shapes import Size
+
+MAX_PROMPT_SHOWN = 60  # characters, in a repr
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,34 @@ class Video:
             writer.write(self.frames)
         return Path(path)
 
+    def show(self) -> None:
+        """Shows the video: in a notebook below the cell, elsewhere in the system's player, from a temporary file.
+
+        The file stays for the player, in the system's folder of temporary files.
+
+        Raises:
+            KadrError: there is no player or no screen, or the mp4 cannot be written, see `save`.
+        """
+        if (display := notebook_display()) is not None:
+            display(self)
+            return
+        find_opener()  # raises before anything is encoded
+        folder = Path(mkdtemp(prefix="kadr-"))
+        try:
+            play(self.save(folder / "video.mp4"))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def __repr__(self) -> str:
+        return f"<Video {self._describe()}>"
+
+    def _repr_html_(self) -> str:
+        return video_in_memory_html(self.frames, self.save, self._describe(), self.notices)
+
+    def _describe(self) -> str:
+        return _describe(self.size, len(self.frames), self.fps, self.request)
+
 
 @dataclass(frozen=True)
 class VideoFile:
@@ -70,3 +106,29 @@ class VideoFile:
     latents: Tensor
     request: Request
     notices: tuple[str, ...] = ()
+
+    def show(self) -> None:
+        """Shows the video: in a notebook below the cell, elsewhere in the system's player.
+
+        Raises:
+            KadrError: there is no player, or no screen.
+        """
+        if (display := notebook_display()) is not None:
+            display(self)
+        else:
+            play(self.path)
+
+    def __repr__(self) -> str:
+        return f"<VideoFile {quote(str(self.path))}, {self._describe()}>"
+
+    def _repr_html_(self) -> str:
+        return video_file_html(self.path, self.size, self._describe(), self.notices)
+
+    def _describe(self) -> str:
+        return _describe(self.size, self.frames, self.fps, self.request)
+
+
+def _describe(size: Size, num_frames: int, fps: float, request: Request) -> str:
+    """Returns a video in a few words, on one line."""
+    frames = f"{num_frames} frame{'' if num_frames == 1 else 's'} at {fps:g} per second"
+    return f"{size}, {frames}, seed {request.seed}, {quote(request.prompt, MAX_PROMPT_SHOWN)}"

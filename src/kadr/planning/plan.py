@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kadr.notebook.html import lines, table
 from kadr.planning.placement import Placement, describe_weights
 
 # The seconds that a request takes lie between these multiples of the estimate, by whether the machine was measured.
 TIME_FACTORS = {True: (0.75, 1.35), False: (0.4, 2.5)}
+_HEAD = ("stage", "component", "weights", "backend", "peak", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,15 +197,21 @@ class Plan:
             ],
         }
 
-    def __str__(self) -> str:
-        rows = [("stage", "component", "weights", "backend", "peak", "time")]
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        """Yields the cells of each stage, under `_HEAD`."""
         for stage in self.stages:
             placement, peak = stage.placement, format_bytes(self.base_bytes + self.stage_bytes(stage))
             cells = describe_weights(placement), placement.backend, peak, format_seconds(self.stage_seconds(stage))
-            rows.append((stage.stage, stage.component, *cells))
+            yield stage.stage, stage.component, *cells
+
+    def _repr_html_(self) -> str:
+        return table(self._rows(), head=_HEAD) + lines([self.summary(), *self.reasons()])
+
+    def __str__(self) -> str:
+        rows = [_HEAD, *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, self.summary(), *self.reasons()])
+        aligned = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*aligned, self.summary(), *self.reasons()])
 
     def summary(self) -> str:
         """Returns peak, available memory and time in one line."""

@@ -1,0 +1,1 @@
+"""Output for notebooks: HTML of tables and lines, and the kernel that this process is, if it is one."""
