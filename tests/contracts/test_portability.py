@@ -68,9 +68,9 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     ),
     "/proc": (
         "OSError means unknown",
-        {"bench/peak_memory.py", "diagnosis/machine.py", "memory/cpu.py", "memory/device.py"},
+        {"bench/peak_memory.py", "diagnosis/machine.py", "memory/cgroup.py", "memory/cpu.py", "memory/device.py"},
     ),
-    "/sys": ("OSError means no limit", {"memory/cpu.py", "memory/device.py"}),
+    "/sys": ("OSError means no limit", {"memory/cgroup.py"}),
     "FileLock": (
         "filelock has a lock of each system",
         {"cli/reservation.py", "jobs/table.py", "pipeline/longvideo/folder_lock.py"},

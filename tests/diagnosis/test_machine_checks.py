@@ -14,7 +14,6 @@ from kadr.diagnosis.finding import ERROR, NOTE, SPEED
 from kadr.diagnosis.folders import CacheFolder, read_folders
 from kadr.diagnosis.machine import EXTRAS, VARIABLES, Machine, read_machine
 from kadr.diagnosis.machine_checks import DEBUG_VARIABLES, check_machine
-from kadr.memory import cpu, device
 
 GIB = 1 << 30
 GPU = {"device": "cuda", "gpu": "H200", "gpu_driver": "570.1"}
@@ -108,20 +107,3 @@ def test_sizes_of_caches_count_each_file_once(tmp_path: Path, monkeypatch: pytes
     assert folder.free_bytes > 0
     monkeypatch.setenv("KADR_CACHE", str(tmp_path / "not" / "there"))
     assert read_folders()[0].size_bytes == 0
-
-
-def test_a_containers_limits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    used.write_text("1000\n")
-    monkeypatch.setattr(device, "_CGROUP_FILES", ((str(limit), str(used)),))
-    for text, expected in (("max\n", None), (f"{1 << 60}\n", None), (f"{GIB}\n", GIB)):
-        limit.write_text(text)
-        assert device.container_limit_bytes() == expected
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(cpu, "CPU_QUOTA_FILE", quota)
-    for text, expected_cores in (("150000 100000\n", 2), ("1000 100000\n", 1), ("max 100000\n", None)):
-        quota.write_text(text)
-        cores = cpu._cgroup_cores()
-        assert (cores == expected_cores) if expected_cores else cores > 10_000
-    quota.write_text("1000 100000\n")
-    assert cpu.usable_cores() == 1

@@ -20,7 +20,7 @@ from kadr.cli.terminal.signals import handle_signals
 from kadr.errors import MediaError
 from kadr.kernels.cpu import malloc
 from kadr.media.clip import read_metadata, read_video
-from kadr.memory import device, mapped_files
+from kadr.memory import cgroup, device, mapped_files
 from kadr.memory.cpu import cpu_model
 from kadr.pipeline.longvideo import folder_lock
 from kadr.planning.calibration.rates import RateMeter
@@ -93,7 +93,7 @@ def test_measurements_leave_out_what_the_system_does_not_tell(
     pretend(system, monkeypatch)
     (tmp_path / "file").write_bytes(bytes(100_000))
     assert mapped_files.cached_fraction(tmp_path / "file") == 1.0
-    assert device._cgroup_free_bytes() == sys.maxsize
+    assert cgroup.free_memory_bytes() == cgroup.cpu_share() == sys.maxsize
     assert cpu_model() == ""
     assert host_peak_bytes(lambda: None) is None
     assert RateMeter(torch.float32, CPU)._touch_uncached(tmp_path / "file", torch.zeros(1)) is None

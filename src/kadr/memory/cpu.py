@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from pathlib import Path
 
 import psutil
+
+from kadr.memory.cgroup import cpu_share
 
 # The instruction sets of matrix products, by their names in Linux.
 INSTRUCTION_SETS = (
     ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "avx_vnni")
     + ("asimddp", "bf16", "i8mm", "sve")
 )  # fmt: skip
-CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # of a container, cgroup v2: microseconds in each period
 
 
 def cpu_model() -> str:
@@ -41,13 +40,4 @@ def usable_cores() -> int:
     """Returns the cores, hyperthreads included, that this process may use: by its affinity and a container's share."""
     process = psutil.Process()
     affinity = process.cpu_affinity() if hasattr(process, "cpu_affinity") else None  # not on macOS
-    return max(1, min(len(affinity) if affinity else psutil.cpu_count() or 1, _cgroup_cores()))
-
-
-def _cgroup_cores() -> int:
-    """Returns the cores that a container's share of time is worth, on Linux; sys.maxsize without a limit."""
-    try:
-        quota, _, period = CPU_QUOTA_FILE.read_text("utf-8").partition(" ")
-    except OSError:
-        return sys.maxsize
-    return math.ceil(int(quota) / int(period)) if quota.isdecimal() and period.strip().isdecimal() else sys.maxsize
+    return max(1, min(len(affinity) if affinity else psutil.cpu_count() or 1, cpu_share()))

@@ -6,7 +6,6 @@ import ctypes
 import sys
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -15,16 +14,12 @@ from torch import nn
 
 from kadr.cancellation import check_cancelled
 from kadr.errors import RequestError
+from kadr.memory import cgroup
 from kadr.quoting import quote
 
 M = TypeVar("M", bound=nn.Module)
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Limit and use of a container's memory: cgroup v2, then v1.
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 BF16_MIN_CAPABILITY = (8, 0)  # Ampere, the first NVIDIA GPUs with bfloat16
 INT8_MIN_CAPABILITY = (7, 5)  # Turing, the first with int8 matmuls
 BF16_MIN_MACOS = (14, 0)
@@ -151,7 +146,7 @@ def free_bytes(device: torch.device) -> int:
     """Returns the free memory of a device; for the CPU, what the system can give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _cgroup_free_bytes())
+    return min(psutil.virtual_memory().available, cgroup.free_memory_bytes())
 
 
 def total_bytes(device: torch.device) -> int:
@@ -202,38 +197,6 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def container_limit_bytes() -> int | None:
-    """Returns a container's limit on memory, on Linux; None without one."""
-    limit, _ = _cgroup_limit_and_use()
+    """Returns the limit on memory of a container or a systemd unit, on Linux; None without one."""
+    limit = cgroup.memory_limit_bytes()
     return limit if limit < psutil.virtual_memory().total else None
-
-
-def _cgroup_free_bytes() -> int:
-    """Returns the free memory under a container's limit, on Linux; sys.maxsize without one."""
-    limit, used = _cgroup_limit_and_use()
-    return limit if limit == sys.maxsize else max(0, limit - used + _inactive_file_bytes())
-
-
-def _cgroup_limit_and_use() -> tuple[int, int]:
-    """Returns a container's limit and use of memory; sys.maxsize and 0 without a limit."""
-    for limit, used in _CGROUP_FILES:
-        try:
-            limit_text, used_text = Path(limit).read_text("utf-8"), Path(used).read_text("utf-8")
-        except OSError:
-            continue
-        if limit_text.strip().isdecimal():
-            return int(limit_text), int(used_text)
-    return sys.maxsize, 0
-
-
-def _inactive_file_bytes() -> int:
-    """Returns the bytes of cached files on a container's account, which the system drops under pressure."""
-    for path, key in (
-        ("/sys/fs/cgroup/memory.stat", "inactive_file"),
-        ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
-    ):
-        try:
-            lines = Path(path).read_text("utf-8").splitlines()
-        except OSError:
-            continue
-        return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
-    return 0
