@@ -45,6 +45,8 @@ VERBS = {
     "convert": "IN OUT --dtype --models-dir --force",
     "bench": """--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder
         --json""",
+    "selftest": """MODEL --lora --release --text-encoder --vae --upscaler --models-dir --device --dtype --quant
+        --offload --json""",
     "serve": """--model --models-dir --data --host --port --tokens --new-token --admin --allow-host --allow-origin
         --device --dtype --quant --offload --text-encoder --vae --upscaler --max-queued --max-queued-per-client
         --keep-days --keep-gb --max-upload-mb --paused --hide-prompts""",

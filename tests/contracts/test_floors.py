@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "kadr"
 FLOORS = (  # from the lowest up; __init__ re-exports the public names and may import all of them
     "quoting version",
     "errors notebook",
-    "file_names json_reader regular_file validation yaml_reader",
+    "file_names hidden_paths json_reader regular_file validation yaml_reader",
     "cache_home cancellation schema shapes",
     "atomic_write",
     "kernels sampling media text",
@@ -24,7 +24,7 @@ FLOORS = (  # from the lowest up; __init__ re-exports the public names and may i
     "planning",
     "pipeline",
     "training bench jobs",
-    "batch diagnosis",
+    "batch diagnosis selftest",
     "__init__",
     "server",
     "cli",

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from kadr.errors import Cancelled, CheckpointError, PlanError
+from kadr.hidden_paths import PathHider
 from kadr.jobs.folders import JobFolders
 from kadr.jobs.job import StorageError
 from kadr.server.catalogue import Catalogue
 from kadr.server.errors import ApiError
-from kadr.server.hidden_paths import PathHider
 from tests.server.answers import MARKER, Answer, check_envelope, refused
 from tests.server.media import image
 from tests.server.opened_app import ADMIN, ANNA, SMALL, OpenedApp

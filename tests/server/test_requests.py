@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from kadr.errors import CheckpointError, RequestError
+from kadr.hidden_paths import PathHider
 from kadr.server.errors import ApiError
-from kadr.server.hidden_paths import PathHider
 from kadr.server.inputs.forms import parse_fields
 from tests.page_commands import ROOT
 from tests.server.opened_app import SMALL, OpenedApp, open_app

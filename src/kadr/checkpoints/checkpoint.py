@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kadr.checkpoints.detect.diffusers_folder import open_diffusers_folder
 from kadr.checkpoints.detect.single_file import CheckpointInfo, detect_single_file
 from kadr.checkpoints.detect.split import TEXT_ENCODER_COMPONENT, split_components
 from kadr.checkpoints.detect.upscaler import MODEL_KIND
 from kadr.checkpoints.gguf.origins import TEXT_ENCODER_FIELD, VAE_FIELD, ComponentOrigin
-from kadr.checkpoints.load import account_upscaler, account_vae, load_transformer, load_upscaler, load_vae
+from kadr.checkpoints.load import (
+    account_upscaler,
+    account_vae,
+    load_transformer,
+    load_upscaler,
+    load_vae,
+    read_transformer_weights,
+)
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import MODEL_RELEASES, Release
@@ -131,6 +139,13 @@ class Checkpoint:
         return load_transformer(
             config, source, dtype=dtype, is_diffusers=self._is_diffusers, keep_storage_dtype=keep_storage_dtype
         )
+
+    def read_transformer_weights(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Reads single tensors of the transformer by kadr's names, dequantized to fp32; see `load_transformer`."""
+        config = self.info.transformer
+        if config is None:
+            raise self.missing_component_error("transformer")
+        return read_transformer_weights(config, self.sources["transformer"], names, is_diffusers=self._is_diffusers)
 
     def load_vae(
         self, dtype: torch.dtype | None = None, *, with_encoder: bool = True, with_decoder: bool = True

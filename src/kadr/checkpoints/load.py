@@ -223,6 +223,24 @@ def load_transformer(
     return module
 
 
+def read_transformer_weights(
+    config: TransformerConfig, source: Source, names: Iterable[str], *, is_diffusers: bool = False
+) -> dict[str, Tensor]:
+    """Reads single tensors of a transformer, dequantized, without loading the others.
+
+    Args:
+        source: as in `load_transformer`.
+        names: kadr keys.
+
+    Returns:
+        kadr key -> tensor in fp32, on the CPU.
+    """
+    module = _build_on_meta(lambda: Transformer(config), source)
+    key_map = map_keys(TRANSFORMER_KEYS, module.state_dict(), is_diffusers=is_diffusers)
+    reader = _WeightReader(source, key_map, torch.float32, keep_storage_dtype=False)
+    return {name: reader.read_dequantized(name) for name in names}
+
+
 def account_vae(
     config: VAEConfig, source: Source, *, diffusers_vae_family: str | None = None
 ) -> tuple[VAE, dict[str, str]]:

@@ -22,6 +22,7 @@ from kadr.cli.commands import (
     plan,
     quantize,
     rerun,
+    selftest,
     serve,
     train_lora,
 )
@@ -102,6 +103,7 @@ app.command("train-lora", epilog=train_lora.TRAIN_LORA_EPILOG)(handle_errors()(t
 app.command(epilog=quantize.QUANTIZE_EPILOG)(handle_errors()(quantize.quantize))
 app.command(epilog=convert.CONVERT_EPILOG)(handle_errors()(convert.convert))
 app.command(epilog=bench.BENCH_EPILOG)(handle_errors()(bench.bench))
+app.command(epilog=selftest.SELFTEST_EPILOG)(handle_errors()(selftest.selftest))
 app.command(epilog=serve.SERVE_EPILOG)(handle_errors()(serve.serve))
 app.add_typer(models.app, name="models")
 

@@ -15,6 +15,7 @@ from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
 from kadr.pipeline.calibrate import restore_calibrated_kernels
 from kadr.pipeline.generation import Generation
+from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.modules import Modules, TrainedTransformer
 from kadr.pipeline.notices import Notices
 from kadr.pipeline.open_model import OpenModel
@@ -48,6 +49,11 @@ class StageAccess:
     def spec(self) -> ModelSpec:
         """The model, known from headers; `prepare` replaces it where it fetches something."""
         return self._model.spec
+
+    @property
+    def loader(self) -> ModuleLoader:
+        """Loads single modules on the CPU, without a placement; what is loaded must be on disk."""
+        return self._model.loader
 
     def resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
         """Returns the request with nothing left open; see `request.resolve.resolve`.

@@ -17,6 +17,7 @@ from typing import Any
 
 from kadr.cancellation import cancellable
 from kadr.errors import KadrError, RequestError
+from kadr.hidden_paths import PathHider
 from kadr.jobs.engine_maker import EngineMaker
 from kadr.jobs.events import JOB, Event
 from kadr.jobs.expiry import Retention
@@ -29,7 +30,6 @@ from kadr.server.auth import Tokens
 from kadr.server.catalogue import Catalogue
 from kadr.server.connections import ConnectionLimits, allowed_connections, create_server
 from kadr.server.gate import GateRules
-from kadr.server.hidden_paths import PathHider
 from kadr.server.inputs.frame_reader import FrameReader
 from kadr.server.inputs.media_check import MediaChecker, MediaLimits
 from kadr.server.inputs.uploads import UploadLimits, UploadStore

@@ -9,10 +9,10 @@ from typing import Annotated
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
+from kadr.hidden_paths import PathHider
 from kadr.jobs.queue import JobQueue
 from kadr.server.auth import Client
 from kadr.server.catalogue import Catalogue
-from kadr.server.hidden_paths import PathHider
 from kadr.server.inputs.body_memory import BodyMemory
 from kadr.server.inputs.frame_reader import FrameReader
 from kadr.server.inputs.uploads import UploadStore

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from kadr.kernels.hadamard import hadamard_transform
 from kadr.models.lora_layers import LoraWeightsByLayer, merge_loras
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.pipeline.loading.rotation_check import detect_rotation, may_be_rotated
+from kadr.quant.convert import in_block
 from kadr.quant.rotation import rotate_weights
 from kadr.quant.weight_formats import FP8
 from kadr.spec.model import ModelSpec
@@ -44,6 +48,27 @@ class ModuleLoader:
         if loras.is_merged:
             merge_loras(module, loras.load(), loras.strengths(pass_index))
         return module
+
+    def read_transformer_weights(self, pass_index: int, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Reads single tensors of the transformer of a pass as its file means them: dequantized, rotated back.
+
+        Args:
+            names: kadr keys.
+            dtype: in which the rotation is looked for; see `detect_rotation`.
+
+        Returns:
+            kadr key -> tensor in fp32, on the CPU, without LoRAs.
+        """
+        rotation = self._detect_rotation(pass_index, dtype)
+        weights = self.spec.transformer_checkpoints[pass_index].read_transformer_weights(names)
+        if rotation is None:
+            return weights
+        return {
+            name: hadamard_transform(weight, rotation or weight.shape[1])
+            if in_block(name) and weight.ndim == 2 and name.endswith(".weight")
+            else weight
+            for name, weight in weights.items()
+        }
 
     def _detect_rotation(self, pass_index: int, dtype: torch.dtype) -> int | None:
         checkpoint = self.spec.transformer_checkpoints[pass_index]

@@ -1,0 +1,163 @@
+"""Kernels: each operation, with this model's shapes, against its definition on this device, row by row.
+
+The definitions are in `kernels.reference` and computed in float32. `kernels.trial` compares a kernel once with them, at
+the end of its output; a kernel that is wrong elsewhere is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kadr.kernels import fused, mode, reference
+from kadr.nn import attention
+from kadr.nn.linear import uses_8bit_matmul
+from kadr.selftest import figures
+from kadr.selftest.result import Check, at_most
+from kadr.selftest.subject import NOISE, Subject
+from kadr.shapes import SPATIAL_COMPRESSION
+
+# Largest relative error of a row. Rounding to bfloat16 gives 0.004 per operation, and definitions make up to five.
+MAX_KERNEL_ERRORS = {torch.float32: 1e-3, torch.bfloat16: 0.03}
+# 8-bit codes are off by half a step: in int8 by 0.004 of the largest of a row, which is 3 to 4 times its rms; in fp8 by
+# 1/32 of the value.
+MAX_CODE_ERRORS = {torch.int8: 0.02, torch.float8_e4m3fn: 0.05}
+MAX_BF16_LOGITS_ERROR = 0.05
+# Through a whole network errors add up: the demo has 0.015 in bfloat16, and 0.03 with 8-bit matmuls, whose kernels
+# choose other codes; larger networks have more.
+MAX_NETWORK_ERRORS = {torch.float32: 2e-3, torch.bfloat16: 0.15}
+MAX_8BIT_NETWORK_ERROR = 0.15
+TEXT_TOKENS, MASKED_TOKENS = 64, 20
+
+
+def check_kernels(subject: Subject) -> Iterator[Check]:
+    """Compares fused operations, attention, the transformer and the VAE's decoder with their definitions."""
+    dtype = subject.spec.dtype
+    yield from _check_token_kernels(subject, dtype)
+    yield from _check_quantization(subject, dtype)
+    yield from _check_image_kernels(subject, dtype)
+    yield from _check_attention(subject, dtype)
+    yield from _check_transformer(subject)
+    yield from _check_decoder(subject, dtype)
+
+
+def _draw(subject: Subject, name: str, *shape: int) -> Tensor:
+    return NOISE.draw(name, shape).to(subject.device)
+
+
+def _compare(name: str, actual: Tensor, expected: Tensor, limit: float) -> Check:
+    error, row = figures.worst_row(actual.float(), expected.float())
+    return at_most(f"{name}: error of its worst row", error, limit, f"row {row}")
+
+
+def _check_token_kernels(subject: Subject, dtype: torch.dtype) -> Iterator[Check]:
+    width, count = subject.spec.transformer_config.width, subject.grid.num_tokens
+    x, branch = (_draw(subject, name, 1, count, width).to(dtype) for name in ("x", "branch"))
+    scale, shift, gate = (0.2 * _draw(subject, name, 1, 1, width).to(dtype) for name in ("scale", "shift", "gate"))
+    weight = 1 + 0.1 * _draw(subject, "weight", width).to(dtype)
+    angle = _draw(subject, "angle", 1, count, width // 2).repeat_interleave(2, -1)
+    cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
+    cases: dict[str, tuple[Tensor, ...]] = {
+        "norm_modulate": (x, scale, shift),
+        "gate_residual": (x, gate, branch),
+        "gate_residual_norm_modulate": (x, gate, branch, scale, shift),
+        "norm_rope": (x, weight, cosine, sine),
+    }
+    for name, arguments in cases.items():
+        actual = getattr(fused, name)(*arguments)
+        expected = getattr(reference, name)(*(tensor.float() for tensor in arguments))
+        yield _compare(name, _joined(actual), _joined(expected), MAX_KERNEL_ERRORS[dtype])
+
+
+def _joined(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Returns the rows of all outputs, one below the other."""
+    tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
+    return torch.cat([tensor.flatten(0, -2) for tensor in tensors])
+
+
+def _check_quantization(subject: Subject, dtype: torch.dtype) -> Iterator[Check]:
+    width, count = subject.spec.transformer_config.width, subject.grid.num_tokens
+    x = _draw(subject, "rows", count, width).to(dtype)
+    code_dtypes = [torch.int8, *([torch.float8_e4m3fn] if subject.device.type != "mps" else [])]
+    for code_dtype in code_dtypes:
+        name = str(code_dtype).removeprefix("torch.")
+        codes, scales = fused.quantize_rows(x, code_dtype)
+        yield _compare(f"quantize_rows to {name}", codes.float() * scales, x, MAX_CODE_ERRORS[code_dtype])
+        codes, scales = fused.gelu_quantize(x, code_dtype)
+        activated = torch.nn.functional.gelu(x.float(), approximate="tanh")
+        yield _compare(f"gelu_quantize to {name}", codes.float() * scales, activated, MAX_CODE_ERRORS[code_dtype])
+    sums = (1000 * _draw(subject, "sums", count, width)).round().to(torch.int32)
+    row_scales, column_scales = (
+        _draw(subject, name, *shape).abs() for name, shape in (("r", (count, 1)), ("c", (width,)))
+    )
+    bias = _draw(subject, "bias", width).to(dtype)
+    expected = reference.rescale(sums, row_scales, column_scales, bias.float(), torch.float32)
+    actual = fused.rescale(sums, row_scales, column_scales, bias, dtype)
+    yield _compare("rescale", actual, expected, MAX_KERNEL_ERRORS[dtype])
+
+
+def _check_image_kernels(subject: Subject, dtype: torch.dtype) -> Iterator[Check]:
+    """Compares the operations of the VAE's residual blocks, position by position."""
+    channels = subject.spec.vae_config.latent_channels
+    shape = (1, channels, 2, subject.grid.height * 4, subject.grid.width * 4)
+    x, skip = (_draw(subject, name, *shape).to(dtype, memory_format=torch.channels_last_3d) for name in ("x", "skip"))
+    scale, shift, bias = (0.2 * _draw(subject, name, 1, channels).to(dtype) for name in ("scale", "shift", "bias"))
+    pairs: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "pixel_norm_modulate_silu": (
+            fused.pixel_norm_modulate_silu,
+            reference.pixel_norm_modulate_silu,
+            (x, scale, shift),
+        ),
+        "bias_residual": (fused.bias_residual, reference.bias_residual, (x, bias[0], skip)),
+    }
+    for name, (run, define, arguments) in pairs.items():
+        expected = define(*(tensor.float() for tensor in arguments)).movedim(1, -1)
+        actual = run(*(tensor.clone() for tensor in arguments)).movedim(1, -1)
+        yield _compare(name, actual, expected, MAX_KERNEL_ERRORS[dtype])
+
+
+def _check_attention(subject: Subject, dtype: torch.dtype) -> Iterator[Check]:
+    config, count = subject.spec.transformer_config, subject.grid.num_tokens
+    draw = partial(_draw, subject)
+    q = draw("q", 1, config.num_heads, count, config.head_dim).to(dtype)
+    bias = torch.zeros(1, 1, 1, TEXT_TOKENS, device=subject.device, dtype=dtype)
+    bias[..., -MASKED_TOKENS:] = -10000.0
+    for name, length, mask in (("self-attention", count, None), ("cross-attention", TEXT_TOKENS, bias)):
+        k, v = (draw(part, 1, config.num_heads, length, config.head_dim).to(dtype) for part in ("k", "v"))
+        logits = q.float() @ k.float().transpose(-1, -2) / config.head_dim**0.5
+        weights = (logits if mask is None else logits + mask.float()).softmax(-1)
+        expected = weights @ v.float()
+        for bf16_logits in (False, True):
+            actual = attention.attend(q, k, v, mask, bf16_logits=bf16_logits)
+            limit = MAX_BF16_LOGITS_ERROR if bf16_logits and dtype == torch.bfloat16 else MAX_KERNEL_ERRORS[dtype]
+            yield _compare(f"{name}{' with bfloat16 logits' * bf16_logits}", actual, expected, limit)
+
+
+def _check_transformer(subject: Subject) -> Iterator[Check]:
+    """Compares the placed transformer with one that was loaded without fast kernels, token by token."""
+    prompt, latents = subject.embeddings[0], subject.latents
+    with subject.clip_denoiser() as model:
+        fast, _ = model.predict_clip(0.5, prompt, latents)
+        is_8bit = any(map(uses_8bit_matmul, model.module.modules()))
+    subject.engine.unload()
+    other = subject.second_engine()
+    with mode.override(mode.REFERENCE), subject.clip_denoiser(other) as model:
+        plain, _ = model.predict_clip(0.5, prompt, latents)
+    other.unload()
+    limit = MAX_8BIT_NETWORK_ERROR if is_8bit else MAX_NETWORK_ERRORS[model.dtype]
+    yield _compare("transformer", fast, plain, limit)
+
+
+def _check_decoder(subject: Subject, dtype: torch.dtype) -> Iterator[Check]:
+    """Compares the placed decoder with the plain one in float32, one row of 32 pixels at a time."""
+    with subject.vae_decoder() as vae:
+        fast = subject.decode(vae, subject.latents)
+    loader = subject.engine.loader
+    with mode.override(mode.REFERENCE):
+        definition = loader.load_vae_decoder(torch.float32, keep_storage_dtype=False).to(subject.device)
+        plain = subject.decode(definition, subject.latents, torch.float32)
+    fast, plain = (pixels.unflatten(-1, (-1, SPATIAL_COMPRESSION)) for pixels in (fast, plain))
+    yield _compare("VAE decoder", fast, plain, MAX_NETWORK_ERRORS[dtype])
