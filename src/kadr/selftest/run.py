@@ -28,17 +28,18 @@ from kadr.selftest.stages.weights import check_weights
 from kadr.selftest.subject import Subject
 
 Stage = Callable[[Subject], Iterator[Check]]
+# What later stages rest on comes first: the first one that fails names the fault.
 SELFTEST_STAGES: Mapping[str, Stage] = {
     "files": check_files,
     "weights": check_weights,
+    "kernels": check_kernels,
     "tokenizer": check_tokenizer,
     "text encoder": check_text_encoder,
     "VAE": check_vae,
+    "linear layers": check_layers,
     "transformer": check_transformer,
     "LoRAs": check_loras,
     "upscaler": check_upscaler,
-    "kernels": check_kernels,
-    "linear layers": check_layers,
     "placements": check_placements,
     "sample": check_sample,
 }
@@ -80,7 +81,7 @@ def _run_stage(name: str, stage: Stage, subject: Subject) -> StageResult:
             for check in stage(subject):
                 checks.append(check)
     except NotRun as reason:
-        problem, was_run = str(reason), bool(checks)
+        problem, was_run = str(reason), False
     except Cancelled:
         raise
     except KadrError as error:

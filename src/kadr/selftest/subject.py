@@ -19,7 +19,7 @@ from kadr.planning.placement import Placement
 from kadr.request.request import Request
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import token_positions
-from kadr.selftest.scene import COLOURS, NO_PROMPT, OTHER_PROMPT, PROMPT, draw_circle_clip
+from kadr.selftest.scene import NO_PROMPT, OTHER_PROMPT, PROMPT, draw_circle_clip
 from kadr.shapes import LatentGrid, Size
 from kadr.spec.model import ModelSpec
 
@@ -71,11 +71,6 @@ class Subject:
         return LatentGrid.for_video(self.size, self.frames)
 
     @cached_property
-    def clip(self) -> Tensor:
-        """The drawn clip of the prompt: pixels (1, 3, F, H, W) in [-1, 1], fp32, on the CPU."""
-        return draw_circle_clip(self.size, self.frames)
-
-    @cached_property
     def embeddings(self) -> tuple[Tensor, Tensor, Tensor]:
         """Prompt embeddings (n, D), on the CPU, of the prompt, of another one and of an empty one."""
         first, second, third = self.engine.encode_prompts(self.request, [PROMPT, OTHER_PROMPT, NO_PROMPT])
@@ -83,16 +78,9 @@ class Subject:
 
     @cached_property
     def latents(self) -> Tensor:
-        """Normalised latents (1, C, f, h, w) of the clip, fp32, on the CPU."""
-        return self.clip_latents[:1]
-
-    @cached_property
-    def clip_latents(self) -> Tensor:
-        """Normalised latents of the clip in several colours, (n, C, f, h, w), fp32, on the CPU."""
+        """Normalised latents (1, C, f, h, w) of the drawn clip, fp32, on the CPU."""
         with self.vae_encoder() as vae:
-            return torch.cat(
-                [self.encode(vae, draw_circle_clip(self.size, self.frames, colours)) for colours in COLOURS]
-            )
+            return self.encode(vae, draw_circle_clip(self.size, self.frames))
 
     @contextmanager
     def vae_encoder(self) -> Iterator[VAE]:
