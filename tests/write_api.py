@@ -62,6 +62,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model": lambda: field_table(schema.DescribedModel),
     "queue": lambda: field_table(schema.QueueState),
     "system": lambda: field_table(schema.SystemState),
+    "selftest": lambda: field_table(schema.SelftestStatus),
     "health": lambda: field_table(schema.Health),
 }
 

@@ -30,7 +30,13 @@ SYSTEM_MODULES = (
 SYSTEM_MODULES += ("multiprocessing", "termios", "pwd", "grp", "winreg", "syslog", "platform")
 PORTABLE = {
     *("os.path", "os.environ", "os.PathLike", "os.urandom", "os.getpid", "os.scandir", "os.fspath", "os.sep"),
-    *("subprocess.Popen", "subprocess.DEVNULL", "subprocess.SubprocessError", "subprocess.CalledProcessError"),
+    *(
+        "subprocess.Popen",
+        "subprocess.PIPE",
+        "subprocess.DEVNULL",
+        "subprocess.SubprocessError",
+        "subprocess.CalledProcessError",
+    ),
     *("subprocess.TimeoutExpired", "mmap.mmap", "mmap.PAGESIZE", "mmap.ACCESS_READ", "socket.socket", "socket.timeout"),
     *("ctypes.c_ubyte", "ctypes.c_void_p", "ctypes.c_size_t", "platform.platform", "platform.processor"),
     *("platform.machine", "platform.python_version"),

@@ -8,6 +8,7 @@ from kadr.server.app import ROUTERS
 
 OPEN_ROUTES = {("GET", "/health/alive")}
 ADMIN_ROUTES = {("POST", "/v1/queue/pause"), ("POST", "/v1/queue/resume"), ("GET", "/metrics")}
+ADMIN_ROUTES |= {("GET", "/v1/selftest"), ("POST", "/v1/selftest")}
 UNKNOWN_VIDEO = "video_" + 32 * "0"
 UNKNOWN_UPLOAD = "upload_" + 32 * "0"
 _UNKNOWN = {"{video_id}": UNKNOWN_VIDEO, "{upload_id}": UNKNOWN_UPLOAD, "{name:path}": "nothing"}

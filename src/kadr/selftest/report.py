@@ -60,13 +60,6 @@ def report_lines(report: SelftestReport) -> Iterator[str]:
             yield f"  {'ok  ' if check.passed else 'FAIL'} {check.describe()}"
 
 
-def progress_line(stage: StageResult) -> str:
-    """Returns a stage's verdict on one line, with the first check that failed."""
-    failed = next((check for check in stage.checks if not check.passed), None)
-    reason = stage.problem or (failed.describe() if failed else "")
-    return f"selftest: {stage.name}: {stage.verdict}{': ' if reason else ''}{reason}"
-
-
 def _identity(subject: Subject) -> dict[str, list[dict[str, Any]]]:
     identity: dict[str, list[dict[str, Any]]] = {}
     for (component, _), path in _files(subject).items():

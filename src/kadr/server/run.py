@@ -34,6 +34,7 @@ from kadr.server.inputs.frame_reader import FrameReader
 from kadr.server.inputs.media_check import MediaChecker, MediaLimits
 from kadr.server.inputs.uploads import UploadLimits, UploadStore
 from kadr.server.metrics import Metrics
+from kadr.server.selftests import Selftests
 from kadr.server.signed_urls import DEFAULT_SECONDS, UrlSigner
 from kadr.server.state import ServerState
 from kadr.server.system_monitor import SystemMonitor
@@ -154,6 +155,8 @@ def open_state(
         log=log,
     )
     checker, frames = MediaChecker(settings.media_limits), FrameReader()
+    hide_paths = PathHider(_folders(settings, folders))
+    selftests = Selftests(engine_options, next(iter(settings.devices), None), hide_paths)
     try:
         if settings.is_paused is not None:
             queue.store.set_paused(settings.is_paused)
@@ -176,7 +179,8 @@ def open_state(
             bool(settings.tokens),
             settings.hides_prompts,
             log,
-            PathHider(_folders(settings, folders)),
+            hide_paths,
+            selftests=selftests,
         )
         rules = GateRules(
             settings.tokens,
@@ -187,6 +191,7 @@ def open_state(
         )
         yield state, rules
     finally:
+        selftests.close()
         queue.close()
         checker.close()
         frames.close()

@@ -371,6 +371,33 @@ class SystemState(BaseModel):
     needs_token: bool = Field(description="Clients of this server need a token.")
 
 
+class StartSelftest(StrictBody):
+    """A request to test a model."""
+
+    model: StrictStr | None = Field(None, description="A name of GET /v1/models; by default the server's first one.")
+
+
+class SelftestStage(BaseModel):
+    """A stage of a self-test that ended."""
+
+    name: str = Field(description="Name of the stage.")
+    verdict: Literal["pass", "fail", "not run"] = Field(description="What became of it.")
+    problem: str = Field("", description="What failed, or why it was not run.")
+
+
+class SelftestStatus(BaseModel):
+    """The self-test in progress, or the last one."""
+
+    status: Literal["none", "in_progress", "completed", "failed"] = Field(
+        description="completed: every stage passed. failed: one did not, or the test ended with an error."
+    )
+    model: str | None = Field(None, description="Name of the model.")
+    stages: list[SelftestStage] = Field(
+        default_factory=list, description="Stages that ended: name, verdict (`pass`, `fail` or `not run`) and problem."
+    )
+    report: str | None = Field(None, description="Text to paste into an issue, once it ended.")
+
+
 class Health(BaseModel):
     """The state of the server: alive, and ready to make videos or not."""
 

@@ -77,7 +77,8 @@ def selftest(
         offload=offload,
         prompt_cache=False,
     )
-    from kadr.selftest.report import progress_line, report_lines
+    from kadr.selftest.progress import progress_line
+    from kadr.selftest.report import report_lines
     from kadr.selftest.run import run_selftest
 
     report = run_selftest(engine, end=lambda result: print_stderr(progress_line(result)))

@@ -16,7 +16,7 @@ from kadr.server.inputs.bodies import content_type, read_body
 from kadr.server.inputs.uploads import StoredUpload
 from kadr.server.routes.models import describe_model, show_model
 from kadr.server.routes.video_settings import read_settings
-from kadr.server.state import Sender, ServerState, State
+from kadr.server.state import Sender, ServerState, State, require_admin
 from kadr.version import __version__
 
 _ERRORS = envelope_responses(400, 401, 403, 404)
@@ -156,7 +156,7 @@ async def get_alive() -> Any:
 @router.get("/metrics", responses=_METRICS, response_class=Response)
 async def get_metrics(state: State, client: Sender) -> Response:
     """Figures for Prometheus. For admins."""
-    _require_admin(client)
+    require_admin(client)
     return Response(state.metrics.write(state.queue), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -185,11 +185,6 @@ def _max_queued(state: ServerState, client: Client) -> int:
 
 
 async def _set_paused(state: ServerState, client: Client, is_paused: bool) -> dict[str, Any]:
-    _require_admin(client)
+    require_admin(client)
     await to_thread.run_sync(state.queue.store.set_paused, is_paused)
     return _show_queue(state, client)
-
-
-def _require_admin(client: Client) -> None:
-    if not client.is_admin:
-        raise ApiError(403, "only an admin's token may do that.", code="admin_only")
