@@ -20,6 +20,7 @@ from kadr.selftest.run import run_selftest
 from kadr.selftest.stages import text_encoder, weights
 from tests.selftest import faulty_models as faults
 from tests.selftest.faulty_models import DEMO, TEAL_LORA
+from tests.tiny_models import MODEL_FILE, write_model
 
 DEMO_PARTS = {"text_encoder": DEMO.parent, "release": "demo"}
 
@@ -171,3 +172,14 @@ def test_rope_constants_of_no_release_fail_the_files(tmp_path: Path) -> None:
     save_file(load_file(DEMO), path, {**metadata, "config": json.dumps(config)})
     stage = first_failure(path, **DEMO_PARTS)
     assert (stage.name, failed_checks(stage)) == ("files", ["RoPE theta"])
+
+
+def test_untrained_model_fails_vae_and_transformer(tmp_path: Path) -> None:
+    path, recipe = write_model(tmp_path) / MODEL_FILE, find_release("demo").recipe
+    engine = Engine.open(path, recipe=recipe, device="cpu", prompt_cache=False)
+    report = run_selftest(engine)
+    verdicts = {stage.name: stage.verdict for stage in report.stages}
+    assert {"VAE", "transformer", "sample"} <= set(report.failed_stages)
+    # What does not depend on training is right.
+    assert verdicts["weights"] == verdicts["kernels"] == verdicts["linear layers"] == verdicts["placements"] == "pass"
+    assert verdicts["tokenizer"] == "not run"

@@ -126,10 +126,11 @@ class Subject:
         engine = engine or self.engine
         loras = self.spec.loras
         strengths = None if loras.is_merged else lora_strengths or [0.0] * len(loras.entries)
-        with engine.start(self.request, stages=("denoise",)) as generation:
-            dtype = generation.modules.stage_dtype("denoise")
-            with generation.modules.transformer(0, None, strengths) as module:
-                yield ClipDenoiser(self, module, dtype)
+        with (
+            engine.start(self.request, stages=("denoise",)) as generation,
+            generation.modules.transformer(0, None, strengths) as module,
+        ):
+            yield ClipDenoiser(self, module, generation.modules.placement("denoise"))
 
     def second_engine(self, *, offload: str | None = None) -> Engine:
         """Returns another engine of the same model, with nothing loaded.
@@ -143,8 +144,9 @@ class Subject:
 class ClipDenoiser:
     """The transformer of a subject, as a function of latents, sigma and a prompt."""
 
-    def __init__(self, subject: Subject, module: Transformer, dtype: torch.dtype) -> None:
-        self.subject, self.module, self.dtype = subject, module, dtype
+    def __init__(self, subject: Subject, module: Transformer, placement: Placement) -> None:
+        self.subject, self.module, self.placement = subject, module, placement
+        self.dtype = DTYPES[placement.dtype]
         spec = subject.spec
         positions = token_positions(
             subject.grid, fps=spec.recipe.fps, causal=spec.transformer_config.causal_temporal_positioning

@@ -42,7 +42,7 @@ def _draw(subject: Subject, name: str, *shape: int) -> Tensor:
 
 def compare_rows(name: str, actual: Tensor, expected: Tensor, limit: float) -> Check:
     """Returns the check of the row, along the last axis, with the largest relative error."""
-    error, row = figures.worst_row(actual.float(), expected.float())
+    error, row = figures.worst_row(actual.float().cpu(), expected.float().cpu())
     return at_most(f"{name}: error of its worst row", error, limit, f"row {row}")
 
 

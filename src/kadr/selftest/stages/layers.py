@@ -35,7 +35,7 @@ def check_layers(subject: Subject) -> Iterator[Check]:
     if subject.spec.loras.is_merged:
         raise NotRun("LoRAs are merged into the weights, which are then not those of the file")
     with subject.clip_denoiser() as model:
-        placement = subject.engine.plan(subject.request).stage("denoise").placement
+        placement = model.placement
         if placement.streamed_blocks and subject.device.type != "cpu":
             raise NotRun("the blocks are streamed, and are on the device only while they run")
         limit = MAX_LAYER_ERRORS[model.dtype] + _format_error(placement.weight_format)
@@ -75,7 +75,7 @@ def _layer_errors(
 ) -> dict[str, figures.WorstRow]:
     weight, bias = (weights[f"{name}.{part}"].to(subject.device) for part in ("weight", "bias"))
     x = NOISE.draw(name, (1, ROWS, weight.shape[1])).to(subject.device, model.dtype)
-    actual, expected = layer(x)[0].float(), F.linear(x.float(), weight, bias)[0]
+    actual, expected = layer(x)[0].float().cpu(), F.linear(x.float(), weight, bias)[0].cpu()
     return {"row": figures.worst_row(actual, expected), "column": figures.worst_row(actual.T, expected.T)}
 
 

@@ -33,7 +33,7 @@ def check_placements(subject: Subject) -> Iterator[Check]:
 def _check_streaming(subject: Subject) -> Iterator[Check]:
     prompt, latents = subject.embeddings[0], subject.latents
     with subject.clip_denoiser() as model:
-        dtype, is_streamed = model.dtype, _is_streamed(subject)
+        dtype, is_streamed = model.dtype, model.placement.streamed_blocks > 0
         resident, _ = model.predict_clip(0.5, prompt, latents)
     subject.engine.unload()
     other = subject.second_engine(offload=OFFLOAD_NONE if is_streamed else OFFLOAD_BLOCKS)
@@ -46,10 +46,6 @@ def _check_streaming(subject: Subject) -> Iterator[Check]:
     finally:
         other.unload()
     yield compare_rows("streamed against resident blocks", streamed, resident, MAX_PLACEMENT_ERRORS[dtype])
-
-
-def _is_streamed(subject: Subject) -> bool:
-    return subject.engine.plan(subject.request).stage("denoise").placement.streamed_blocks > 0
 
 
 def _check_transformer(subject: Subject) -> Iterator[Check]:
