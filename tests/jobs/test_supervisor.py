@@ -17,9 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
+from kadr.jobs import queue as queue_module
 from kadr.jobs import supervisor as supervisor_module
 from kadr.jobs.claims import Claim, JobClaims
-from kadr.jobs.events import DELETED, JOB, PREVIEW, PROGRESS, Event
+from kadr.jobs.events import DELETED, JOB, PREVIEW, PROGRESS, QUEUE, Event
 from kadr.jobs.job import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job, StorageError, UnknownJobError
 from kadr.jobs.live_job import Patience
 from kadr.jobs.queue import JobQueue
@@ -394,6 +395,32 @@ def test_pause_holds_jobs_back(running: RunningQueue) -> None:
     assert running.store.get(job.id).status == QUEUED
     running.store.set_paused(False)
     assert running.finish(job).status == COMPLETED
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.access does not know a read-only folder there")
+@pytest.mark.parametrize("prompt", [None, "busy 60"])
+def test_problem_of_the_disk_is_an_event_once_each_time(
+    start_queue: Callable[..., RunningQueue], monkeypatch: pytest.MonkeyPatch, prompt: str | None
+) -> None:
+    """Also while every worker makes a job, and looks at the disk only afterwards."""
+    monkeypatch.setattr(queue_module, "MAINTENANCE_SECONDS", 0.1)
+    running = start_queue()
+
+    def seen() -> list[tuple[bool, bool]]:
+        data = [event.data for event in running.events if event.kind == QUEUE]
+        return [(item["paused"], item["problem"] is not None) for item in data]
+
+    if prompt is not None:
+        running.wait_for_start(running.submit(prompt))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        wait_until(lambda: seen() == [(False, True)])
+        running.queue.set_paused(True)
+        time.sleep(0.5)
+        assert seen() == [(False, True), (True, True)]
+    wait_until(lambda: seen() == [(False, True), (True, True), (True, False)])
+    running.queue.set_paused(False)
+    assert seen()[3:] == [(False, False)]
 
 
 def test_workers_share_the_queue(start_queue: Callable[..., RunningQueue]) -> None:

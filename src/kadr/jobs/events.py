@@ -12,8 +12,9 @@ from threading import Lock
 from typing import Any
 
 JOB, PROGRESS, PREVIEW, NOTICE, DELETED = "job", "progress", "preview", "notice", "deleted"
+QUEUE = "queue"  # it was paused or resumed, or a problem keeps jobs from beginning, or no longer does
 CLOSED = "closed"  # the queue stops: nothing follows
-EVENT_KINDS = (JOB, PROGRESS, PREVIEW, NOTICE, DELETED, CLOSED)
+EVENT_KINDS = (JOB, PROGRESS, PREVIEW, NOTICE, DELETED, QUEUE, CLOSED)
 DEFAULT_MAX_EVENTS = 4096
 
 

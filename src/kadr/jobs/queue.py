@@ -70,6 +70,15 @@ class JobQueue:
         self.supervisor.start()
         self._maintenance.start()
 
+    def set_paused(self, is_paused: bool) -> None:
+        """Lets no further job begin, or jobs begin again, and publishes that; see `JobStore.set_paused`.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        self.store.set_paused(is_paused)
+        self.supervisor.announce_state(self.supervisor.storage_problem())
+
     def close(self) -> None:
         """Stops the workers, puts their jobs back into the queue, and closes it."""
         self._is_closed.set()
@@ -87,6 +96,7 @@ class JobQueue:
     def _maintain(self) -> None:
         while not self._is_closed.wait(MAINTENANCE_SECONDS):
             try:
+                self.supervisor.announce_state(self.supervisor.storage_problem())  # workers look only between jobs
                 self.store.table.database.restore_if_deleted()
                 self.store.remove_deleted()
                 for job_id in delete_expired(self.store, self.retention):

@@ -17,7 +17,7 @@ from typing import Any
 
 from kadr.jobs.claims import Claim, JobClaims
 from kadr.jobs.engine_maker import Task
-from kadr.jobs.events import NOTICE, PREVIEW, PROGRESS, Event, EventLog
+from kadr.jobs.events import NOTICE, PREVIEW, PROGRESS, QUEUE, Event, EventLog
 from kadr.jobs.job import CANCELLED, DISK_FULL, STORAGE, JobError, LostClaimError, StorageError
 from kadr.jobs.live_job import LiveJob, Patience
 from kadr.jobs.table import JobChange
@@ -58,6 +58,7 @@ class Supervisor:
         self.patience, self.clock, self.min_free_bytes = patience or Patience(), clock, min_free_bytes
         self.lock = RLock()
         self.is_stopping, self._has_problem = False, False
+        self._announced_state = (claims.store.is_paused, False)  # whether it is paused, and has a problem
         self.live: dict[str, LiveJob] = {}
         self.slots = [_Slot(self, f"worker {index}", maker) for index, maker in enumerate(makers)]
 
@@ -116,6 +117,20 @@ class Supervisor:
             self.log(problem)
         self._has_problem = problem is not None
 
+    def announce_state(self, problem: str | None) -> None:
+        """Publishes an event if the queue was paused or resumed, or a problem came or went, since the last one.
+
+        Args:
+            problem: of `storage_problem`.
+        """
+        table = self.claims.store.table
+        with table.lock:  # so that events come in the order of their numbers
+            state = (self.claims.store.is_paused, problem is not None)
+            if state != self._announced_state:
+                self._announced_state = state
+                data = {"paused": state[0], "problem": problem}
+                self.events.publish(Event(table.next_seq(), QUEUE, None, None, data))
+
     def on_change(self, change: JobChange) -> None:
         """Tells the worker of a job that it was cancelled; called with each change of the queue."""
         job = change.job
@@ -169,6 +184,7 @@ class _Slot:
             self._pause(RESTART_SECONDS)
             return
         problem = supervisor.storage_problem()
+        supervisor.announce_state(problem)
         claim = None if problem else supervisor.claims.claim(warm_engines=self.warm_engines)
         supervisor.log_problem(problem)
         if claim is None:

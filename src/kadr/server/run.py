@@ -159,7 +159,7 @@ def open_state(
     selftests = Selftests(engine_options, next(iter(settings.devices), None), hide_paths)
     try:
         if settings.is_paused is not None:
-            queue.store.set_paused(settings.is_paused)
+            queue.set_paused(settings.is_paused)
         uploads = UploadStore(settings.folder / "uploads", checker, settings.upload_limits)
         metrics = Metrics()
         queue.events.subscribe(metrics.observe)

@@ -12,11 +12,11 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from kadr.jobs.events import CLOSED, DELETED, JOB, NOTICE, PROGRESS, Event
+from kadr.jobs.events import CLOSED, DELETED, JOB, NOTICE, PROGRESS, QUEUE, Event
 from kadr.jobs.job import Job, UnknownJobError
 from kadr.server.auth import Client
 from kadr.server.errors import envelope_responses
-from kadr.server.routes.views import base_url, show_progress, show_video
+from kadr.server.routes.views import base_url, show_progress, show_queue_state, show_video
 from kadr.server.state import Sender, ServerState, State
 
 HEARTBEAT_SECONDS = 15.0
@@ -38,7 +38,7 @@ async def stream_events(
     last_event_id: LastEventId = None,
     wait: Annotated[bool, Query(description="false: answer with what there is, and end.")] = True,
 ) -> StreamingResponse:
-    """Streams what happens to all of a client's videos: events "job", "progress", "preview", "notice", "deleted".
+    """Streams what happens to all of a client's videos, and to the queue: events "job", "progress", and more.
 
     The first event is "ready"; "reset" in its place means that events were missed: list the videos again. `id` of an
     event is for `Last-Event-ID`.
@@ -168,6 +168,8 @@ class _Follower:
             data = self._show_job(event.data)
         elif event.kind == PROGRESS:
             data = {"id": event.job_id, "seq": event.seq, **show_progress(event.data)}
+        elif event.kind == QUEUE:
+            data = {"seq": event.seq, **show_queue_state(event.data["paused"], event.data["problem"])}
         else:
             data = {"id": event.job_id, "seq": event.seq}
             if event.kind == NOTICE:

@@ -16,6 +16,7 @@ from kadr.server.inputs.bodies import content_type, read_body
 from kadr.server.inputs.uploads import StoredUpload
 from kadr.server.routes.models import describe_model, show_model
 from kadr.server.routes.video_settings import read_settings
+from kadr.server.routes.views import show_queue_state
 from kadr.server.state import Sender, ServerState, State, require_admin
 from kadr.version import __version__
 
@@ -138,8 +139,7 @@ async def get_health(state: State) -> Response:
         ready=supervisor.num_ready > 0 and problem is None,
         workers_ready=supervisor.num_ready,
         workers=len(supervisor.slots),
-        paused=state.queue.store.is_paused,
-        problem=None if problem is None else "the server's disk is full or cannot be read",
+        **show_queue_state(state.queue.store.is_paused, problem),
         version=__version__,
     )
     return JSONResponse(health.model_dump(), 200 if health.ready else 503)
@@ -170,11 +170,7 @@ def _show_upload(state: ServerState, client: Client, upload: StoredUpload) -> di
 
 def _show_queue(state: ServerState, client: Client) -> dict[str, Any]:
     problem = state.queue.supervisor.storage_problem()
-    return {
-        "paused": state.queue.store.is_paused,
-        **state.queue.store.counts(client.scope),
-        "problem": None if problem is None else "the server's disk is full or cannot be read",
-    }
+    return {**show_queue_state(state.queue.store.is_paused, problem), **state.queue.store.counts(client.scope)}
 
 
 def _max_queued(state: ServerState, client: Client) -> int:
@@ -186,5 +182,5 @@ def _max_queued(state: ServerState, client: Client) -> int:
 
 async def _set_paused(state: ServerState, client: Client, is_paused: bool) -> dict[str, Any]:
     require_admin(client)
-    await to_thread.run_sync(state.queue.store.set_paused, is_paused)
+    await to_thread.run_sync(state.queue.set_paused, is_paused)
     return _show_queue(state, client)

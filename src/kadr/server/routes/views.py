@@ -14,6 +14,7 @@ from kadr.server.routes.drafts import settings_of
 from kadr.server.state import ServerState
 
 VIDEO, THUMBNAIL, SPRITESHEET = "video", "thumbnail", "spritesheet"
+STORAGE_PROBLEM = "the server's disk is full or cannot be read"
 MAX_POLL_MS, MIN_POLL_MS = 5000, 500
 
 
@@ -91,6 +92,11 @@ def show_progress(data: Mapping[str, Any]) -> dict[str, Any]:
         "steps": data.get("of"),
         "eta_seconds": None if left is None else round(left, 1),
     }
+
+
+def show_queue_state(is_paused: bool, problem: str | None) -> dict[str, Any]:
+    """Returns whether the queue is paused, and its problem without the operator's paths and figures."""
+    return {"paused": is_paused, "problem": None if problem is None else STORAGE_PROBLEM}
 
 
 def poll_after_ms(job: Job, live: LiveJob | None) -> int:
