@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": lambda: field_table(schema.CreateVideo),
     "video": lambda: field_table(schema.VideoJob),
     "upload": lambda: field_table(schema.Upload),
+    "frame": lambda: field_table(schema.UploadFrame),
     "plan": lambda: field_table(schema.VideoPlan),
     "prompt": lambda: field_table(schema.PlannedPrompt),
     "model": lambda: field_table(schema.DescribedModel),

@@ -14,6 +14,9 @@ import av
 import numpy as np
 from PIL import Image
 
+GREY_STEP = 50  # from the grey of a frame of `grey_clip` to that of the next
+ON_ITS_SIDE = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # matrix of a clip, at 40 in "tkhd"
+
 
 @cache
 def image(kind: str = "PNG", width: int = 64, height: int = 64) -> bytes:
@@ -32,6 +35,20 @@ def clip(container: str = "mp4", codec: str = "mpeg4", frames: int = 9, width: i
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for index in range(frames):
             pixels = np.full((height, width, 3), index, dtype=np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@cache
+def grey_clip() -> bytes:
+    """Returns a clip of 5 frames of 640x320 pixels, each lighter than the one before."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream("mpeg4", rate=Fraction(24), width=640, height=320)
+        stream.pix_fmt = "yuv420p"
+        for index in range(5):
+            pixels = np.full((320, 640, 3), GREY_STEP * index, dtype=np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
         output.mux(stream.encode(None))
     return buffer.getvalue()

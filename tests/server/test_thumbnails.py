@@ -7,11 +7,9 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,27 +18,12 @@ from kadr.errors import MediaError
 from kadr.jobs.engine_maker import THUMBNAIL_FILE, VIDEO_FILE
 from kadr.server.inputs.frame_reader import FrameReader
 from tests.server.answers import Answer, refused
-from tests.server.media import deflated_zeros, image, patch_box, png
+from tests.server.media import GREY_STEP, ON_ITS_SIDE, deflated_zeros, grey_clip, image, patch_box, png
 from tests.server.opened_app import ANNA, BEN, OpenedApp
 from tests.server.routes import UNKNOWN_UPLOAD, UNKNOWN_VIDEO
 
 pytestmark = pytest.mark.usefixtures("no_decoding")
 open_image = Image.open  # as it is before nobody may
-FRAMES, STEP = 5, 50  # of the clip below; from the grey of a frame to that of the next
-ON_ITS_SIDE = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-
-
-def grey_clip() -> bytes:
-    """Returns a clip of 640x320 pixels whose frames are ever lighter."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as output:
-        stream = output.add_stream("mpeg4", rate=Fraction(24), width=640, height=320)
-        stream.pix_fmt = "yuv420p"
-        for index in range(FRAMES):
-            pixels = np.full((320, 640, 3), STEP * index, dtype=np.uint8)
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
-        output.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +71,7 @@ def test_thumbnail_of_a_clip_is_of_its_frame_or_the_last(
 ) -> None:
     found = shown(get(app, annas_clip, "" if frame is None else f"?frame={frame}"))
     assert found.size == (320, 160)
-    assert abs(grey_of(found) - STEP * expected) < 8
+    assert abs(grey_of(found) - GREY_STEP * expected) < 8
 
 
 def test_thumbnail_of_a_clip_on_its_side_is_upright(app: OpenedApp) -> None:
@@ -100,7 +83,7 @@ def test_thumbnail_of_a_video_is_its_own_or_of_a_frame(app: OpenedApp, annas_vid
     first = shown(get(app, annas_video))
     assert first.size == (320, 160)
     assert np.asarray(first)[..., 2].min() > 240
-    assert abs(grey_of(shown(get(app, annas_video, "?frame=2"))) - 2 * STEP) < 8
+    assert abs(grey_of(shown(get(app, annas_video, "?frame=2"))) - 2 * GREY_STEP) < 8
 
 
 @pytest.mark.parametrize("slash", ["/", "%2F"])

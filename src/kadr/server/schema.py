@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
 from kadr.jobs.job import MAX_PRIORITY
+from kadr.request.inputs import MAX_CLIP_FRAMES
 from kadr.sampling.settings import MAX_STEPS
 
 MAX_PROMPT_CHARACTERS = 20_000
@@ -230,6 +231,17 @@ class Upload(BaseModel):
     )
     missing: list[str] = Field(
         default_factory=list, description="What those settings lack, because it is not on this server."
+    )
+
+
+class UploadFrame(StrictBody):
+    """A frame of a clip or video to upload as an image."""
+
+    media: StrictStr = Field(description="Id of a clip or a completed video, or VIDEO/N: the N-th medium of a video.")
+    frame: int = Field(
+        ge=-MAX_CLIP_FRAMES,
+        le=MAX_CLIP_FRAMES,
+        description="From 0; a negative one counts from the end.",
     )
 
 

@@ -56,6 +56,11 @@ REMIX = _creates(schema.RemixVideo)
 MOVE = _creates(schema.MoveVideo)
 FAVORITE = _creates(schema.FavoriteVideo)
 PLAN = {**CREATE, "response_model": schema.VideoPlan}
+FRAME: dict[str, Any] = {
+    "response_model": schema.Upload,
+    "responses": _BODY_ERRORS,
+    "openapi_extra": form_body(schema.UploadFrame),
+}
 CANCEL: dict[str, Any] = {"response_model": schema.VideoJob, "responses": {**ERRORS, **envelope_responses(409)}}
 SYNC: dict[str, Any] = {
     "response_class": FileResponse,

@@ -12,8 +12,10 @@ from fastapi.responses import JSONResponse
 from kadr.server import schema
 from kadr.server.auth import Client
 from kadr.server.errors import ApiError, envelope_responses
-from kadr.server.inputs.bodies import content_type, read_body
+from kadr.server.inputs.bodies import check_body, content_type, read_body
+from kadr.server.inputs.media_sources import find_source, require_file
 from kadr.server.inputs.uploads import StoredUpload
+from kadr.server.routes import documents
 from kadr.server.routes.models import describe_model, show_model
 from kadr.server.routes.video_settings import read_settings
 from kadr.server.routes.views import show_queue_state
@@ -57,6 +59,20 @@ async def create_upload(request: Request, state: State, client: Sender) -> Any:
             raise ApiError(400, "the form must have one field, file, with a file.", code="invalid_body", param="file")
         upload = await parsed.files["file"].keep()
         return await to_thread.run_sync(_show_upload, state, client, upload)
+
+
+@router.post("/v1/uploads/frame", **documents.FRAME)
+async def upload_frame(request: Request, state: State, client: Sender) -> Any:
+    """Makes an upload of a frame of a clip or video: a PNG with its exact pixels, upright, to show in another video."""
+    async with read_body(request, client, state.uploads, state.body_memory) as parsed:
+        body = check_body(schema.UploadFrame, {**parsed.files, **parsed.data})  # a file is none of its fields
+    source = find_source(state, client, body.media, 0)
+    if source.frames is None:
+        raise ApiError(400, "media is an image. Use it as it is.", code="invalid_media", param="media")
+    path = require_file(source.path, body.media)
+    with state.uploads.begin(client.name) as incoming:
+        await incoming.write(await state.frames.read_png(path, body.frame, client.name))
+        return _show_upload(state, client, await incoming.keep())
 
 
 @router.get("/v1/uploads", response_model=schema.UploadList, responses=envelope_responses(401, 403))
