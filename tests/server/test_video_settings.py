@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 import kadr
+from kadr.server.auth import LOCAL_CLIENT
+from kadr.server.routes.video_settings import read_settings
 from tests.server.app_client import HOST
 from tests.server.media import image
 from tests.server.opened_app import OpenedApp, open_app
 
+LORA_FILE = Path(kadr.__file__).parent / "assets" / "demo" / "demo-lora-teal.safetensors"
 DEMO_FILE = Path(kadr.__file__).parent / "assets" / "demo" / "demo.safetensors"
 SETTINGS: dict[str, Any] = {
     "prompt": "a red circle | a blue ring",
@@ -35,6 +38,9 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     request = kadr.Request(**SETTINGS, conditions=[kadr.Condition(media=str(folder / "photo.png"), strength=0.5)])
     kadr.Engine.open("demo").write(request, folder / "made.mp4")
     return folder / "made.mp4"
+
+
+BARE = {"schema": 1, "request": {"schema": 2, "prompt": "a"}}
 
 
 def upload(app: OpenedApp, content: bytes) -> dict[str, Any]:
@@ -95,6 +101,12 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]
         (lambda stored: stored["request"].update(fps=-1), "fps is -1"),
         (lambda stored: stored["request"].pop("prompt") and None, "prompt"),
         (lambda stored: {"schema": 1, "request": []}, "the request is []"),
+        (lambda stored: stored["request"].update(prompt="\ud800"), "damaged"),
+        (lambda stored: {**BARE, "loras": [{"path": "a", "strength": float("nan")}]}, "damaged"),
+        (lambda stored: {**BARE, "loras": [{"path": "a", "strength": {}}]}, "the strength of a LoRA is {}"),
+        (lambda stored: {**BARE, "loras": [{"path": 3, "strength": 1}]}, "the path of a LoRA"),
+        (lambda stored: {**BARE, "loras": ["a"]}, "damaged"),
+        (lambda stored: {**BARE, "loras": 3}, "damaged"),
     ],
 )
 def test_metadata_that_are_not_kadrs_are_no_settings(
@@ -103,3 +115,39 @@ def test_metadata_that_are_not_kadrs_are_no_settings(
     answer = upload(local_app, changed(change)(video.read_bytes()))
     assert answer["settings"] is None
     assert [missing in line for line in answer["missing"]] == [True]
+
+
+def test_loras_that_are_here_have_the_names_of_the_server(tmp_path: Path, loop: Any, video: Path) -> None:
+    (tmp_path / "models" / "loras" / "style").mkdir(parents=True)
+    for name in ("teal", "style/blue"):
+        (tmp_path / "models" / "loras" / f"{name}.safetensors").write_bytes(LORA_FILE.read_bytes())
+    loras = [
+        {"path": "/home/x/teal.safetensors", "strength": 0.5, "second_strength": None},
+        {"path": "C:\\loras\\blue.safetensors", "strength": 1, "second_strength": 2},
+        {"path": "gone.safetensors", "strength": 1, "second_strength": None},
+    ]
+    content = changed(lambda stored: {**BARE, "loras": loras})(video.read_bytes())
+    with open_app(tmp_path / "data", loop, models_dirs=(tmp_path / "models",)) as opened:
+        answer = upload(opened, content)
+        names = {item["id"] for item in opened.send("GET", "/v1/loras").data["data"]}
+    assert answer["settings"]["loras"] == [
+        {"name": "teal.safetensors", "strength": 0.5},
+        {"name": "style/blue.safetensors", "strength": 1, "second_strength": 2},
+    ]
+    assert {lora["name"] for lora in answer["settings"]["loras"]} <= names
+    assert answer["missing"] == ["gone"]
+
+
+def test_prompt_of_thousands_of_words_is_no_error(local_app: OpenedApp) -> None:
+    stored = {"schema": 1, "request": {"schema": 2, "prompt": "ab " * 5000}}
+    settings, missing = read_settings(local_app.state, LOCAL_CLIENT, json.dumps(stored))
+    assert settings is not None
+    assert missing == []
+
+
+def test_settings_that_the_server_would_refuse_are_none(local_app: OpenedApp) -> None:
+    sigmas = [1 - number / 2000 for number in range(1500)]
+    stored = {"schema": 1, "request": {"schema": 2, "prompt": "a", "sigmas": sigmas}}
+    settings, (message,) = read_settings(local_app.state, LOCAL_CLIENT, json.dumps(stored))
+    assert settings is None
+    assert message.startswith("sigmas: ")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from kadr.errors import KadrError
@@ -15,11 +15,14 @@ from kadr.request.request import AUTO_SIZE, Request
 from kadr.schema import upgrade_video_metadata
 from kadr.server.auth import Client
 from kadr.server.errors import ApiError
+from kadr.server.inputs.bodies import check_body
 from kadr.server.routes.drafts import settings_from_request, settings_of, with_media
-from kadr.server.schema import MAX_PROMPT_CHARACTERS
+from kadr.server.schema import MAX_PROMPT_CHARACTERS, CreateVideo
 from kadr.server.state import ServerState
+from kadr.spec.lora import Lora
 
 MAX_CANDIDATES = 100  # jobs with the same prompt and seed, of which one may be the video itself
+MAX_SEARCHED = 100  # words of its prompt: SQLite takes no condition of thousands
 MAX_NAMED = 20  # things that are missing
 _FILE = Path("this video")  # what errors call it
 
@@ -33,8 +36,9 @@ def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[di
     if not metadata:
         return None, []
     try:
-        record = upgrade_video_metadata(parse_json(metadata), _FILE)
+        record = upgrade_video_metadata(parse_json(metadata, is_strict=True), _FILE)
         request = Request.from_json(record["request"])
+        stored_loras = _read_loras(record, request)
     except KadrError as error:  # also of a newer kadr, whose number it names
         return None, [one_line(str(error))]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -47,11 +51,15 @@ def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[di
     if request.conditions and "windows" in settings:
         settings["windows"].pop("anchor_strength", None)  # the image that it is for is not here
     model, missing = _find_model(state, record)
-    loras, missing_loras = _find_loras(state, record, request)
+    loras, missing_loras = _find_loras(state, stored_loras)
     if model is not None:
         settings["model"] = model
     if loras:
         settings["loras"] = loras
+    try:
+        check_body(CreateVideo, settings)
+    except ApiError as error:  # a list or a text that is longer than this server takes
+        return None, [error.message]
     missing += missing_loras + [show(path.name) for path in dict.fromkeys(request.media_paths())]
     return settings, missing[:MAX_NAMED]
 
@@ -59,9 +67,8 @@ def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[di
 def _find_job(state: ServerState, client: Client, request: Request) -> Job | None:
     """Returns the job that made a video, if it is still here: its media are, too."""
     stored = _without_folders(request)
-    page = state.queue.store.jobs(
-        client.scope, statuses=(COMPLETED,), words=request.prompt.split(), limit=MAX_CANDIDATES
-    )
+    words = request.prompt.split()[:MAX_SEARCHED]
+    page = state.queue.store.jobs(client.scope, statuses=(COMPLETED,), words=words, limit=MAX_CANDIDATES)
     asked = ((job, _without_folders(Request.from_json(job.request))) for job in page.jobs)
     return next((job for job, settings in asked if _agrees({**settings, "original_prompt": None}, stored)), None)
 
@@ -91,23 +98,36 @@ def _find_model(state: ServerState, record: Mapping[str, Any]) -> tuple[str | No
     return None, [show(name) for name in names[:1]]
 
 
-def _find_loras(
-    state: ServerState, record: Mapping[str, Any], request: Request
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the LoRAs of a video that this server has, with their strengths, and the names of the others."""
-    entries = record.get("loras")
-    entries = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+def _read_loras(record: Mapping[str, Any], request: Request) -> list[Lora]:
+    """Returns the LoRAs of a video, each with the strengths that it had.
+
+    Raises:
+        RequestError, TypeError, AttributeError: kadr did not write them.
+    """
     strengths = request.lora_strengths or ()
+    loras = []
+    for number, entry in enumerate(record.get("loras") or ()):
+        lora = Lora(entry.get("path"), entry.get("strength"), entry.get("second_strength"))
+        if number < len(strengths):
+            own = strengths[number]
+            lora = Lora(lora.path, *(own if isinstance(own, tuple) else (own,)))
+        loras.append(lora)
+    return loras
+
+
+def _find_loras(state: ServerState, loras: Sequence[Lora]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the LoRAs of a video that this server has, by its own names, and the names of the others."""
+    if not loras:
+        return [], []
+    names = {
+        Path(name).stem: name for name in reversed(state.catalogue.lora_names())
+    }  # the first of two that are alike
     found, missing = [], []
-    for number, entry in enumerate(entries):
-        name = Path(os.path.basename(str(entry.get("path")))).stem
-        if name not in state.catalogue.lora_names():
-            missing.append(show(name))
+    for lora in loras:
+        stem = PureWindowsPath(lora.path).stem  # takes the separators of every system
+        if stem not in names:
+            missing.append(show(stem))
             continue
-        own = strengths[number] if number < len(strengths) else None
-        pair = own if isinstance(own, tuple) else (own, None)
-        first = entry.get("strength") if pair[0] is None else pair[0]
-        second = entry.get("second_strength") if own is None else pair[1]
-        lora = {"name": name, "strength": first, "second_strength": second}
-        found.append({key: value for key, value in lora.items() if value is not None})
+        entry = {"name": names[stem], "strength": lora.strength, "second_strength": lora.second_strength}
+        found.append({key: value for key, value in entry.items() if value is not None})
     return found, missing
