@@ -180,8 +180,8 @@ def _show_upload(state: ServerState, client: Client, upload: StoredUpload) -> di
     facts = asdict(upload)
     times = {"created_at": int(upload.created_at), "expires_at": int(upload.created_at + state.uploads.limits.max_age)}
     settings, missing = read_settings(state, client, upload.metadata)
-    shown = {key: facts[key] for key in schema.Upload.model_fields if key in facts}
-    return {**shown, **times, "settings": settings, "missing": missing}
+    fields = {key: facts[key] for key in schema.Upload.model_fields if key in facts}
+    return {**fields, **times, "settings": settings, "missing": missing}
 
 
 def _show_queue(state: ServerState, client: Client) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from kadr.spec.lora import Lora
 MAX_CANDIDATES = 100  # jobs with the same prompt and seed, of which one may be the video itself
 MAX_SEARCHED = 100  # words of its prompt: SQLite takes no condition of thousands
 MAX_NAMED = 20  # things that are missing
-_FILE = Path("this video")  # what errors call it
+_THIS_VIDEO = Path("this video")  # what errors call it
 
 
 def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -36,7 +36,7 @@ def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[di
     if not metadata:
         return None, []
     try:
-        record = upgrade_video_metadata(parse_json(metadata, is_strict=True), _FILE)
+        record = upgrade_video_metadata(parse_json(metadata, is_strict=True), _THIS_VIDEO)
         request = Request.from_json(record["request"])
         stored_loras = _read_loras(record, request)
     except KadrError as error:  # also of a newer kadr, whose number it names
@@ -69,21 +69,21 @@ def _find_job(state: ServerState, client: Client, request: Request) -> Job | Non
     stored = _without_folders(request)
     words = request.prompt.split()[:MAX_SEARCHED]
     page = state.queue.store.jobs(client.scope, statuses=(COMPLETED,), words=words, limit=MAX_CANDIDATES)
-    asked = ((job, _without_folders(Request.from_json(job.request))) for job in page.jobs)
-    return next((job for job, settings in asked if _agrees({**settings, "original_prompt": None}, stored)), None)
+    candidates = ((job, _without_folders(Request.from_json(job.request))) for job in page.jobs)
+    return next((job for job, settings in candidates if _agrees({**settings, "original_prompt": None}, stored)), None)
 
 
 def _without_folders(request: Request) -> dict[str, Any]:
     return with_media(request, {str(path): path.name for path in request.media_paths()}).to_json()
 
 
-def _agrees(asked: Any, resolved: Any) -> bool:
+def _agrees(submitted: Any, resolved: Any) -> bool:
     """Tells whether settings that leave some open are those that a video stores, which leaves none open."""
-    if isinstance(asked, Mapping) and isinstance(resolved, Mapping):
-        return all(_agrees(value, resolved.get(name)) for name, value in asked.items())
-    if isinstance(asked, list) and isinstance(resolved, list):
-        return len(asked) == len(resolved) and all(map(_agrees, asked, resolved))
-    return asked in (None, AUTO_SIZE, resolved)
+    if isinstance(submitted, Mapping) and isinstance(resolved, Mapping):
+        return all(_agrees(value, resolved.get(name)) for name, value in submitted.items())
+    if isinstance(submitted, list) and isinstance(resolved, list):
+        return len(submitted) == len(resolved) and all(map(_agrees, submitted, resolved))
+    return submitted in (None, AUTO_SIZE, resolved)
 
 
 def _find_model(state: ServerState, record: Mapping[str, Any]) -> tuple[str | None, list[str]]:
