@@ -14,11 +14,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kadr.server.errors import ApiError, add_error_handlers
 from kadr.server.gate import Gate, GateRules
 from kadr.server.metrics import Metrics
-from kadr.server.routes import content, events, page, selftest, system, videos
+from kadr.server.routes import commands, content, events, page, selftest, system, videos
 from kadr.server.state import ServerState
 from kadr.version import __version__
 
-ROUTERS = (videos.router, content.router, events.router, selftest.router, system.router, page.router)
+ROUTERS = (
+    videos.router,
+    commands.router,
+    content.router,
+    events.router,
+    selftest.router,
+    system.router,
+    page.router,
+)
 
 
 def create_app(state: ServerState, rules: GateRules) -> ASGIApp:

@@ -204,6 +204,14 @@ class VideoList(BaseModel):
     has_more: bool = Field(False, description="Others follow.")
 
 
+class VideoCommand(BaseModel):
+    """A video as a command line."""
+
+    command: str = Field(description="`kadr generate ...`, quoted for a POSIX shell.")
+    media: list[str] = Field(description="Names in it that stand for the video's media, in their order: put yours.")
+    notes: list[str] = Field(description="What the command cannot say, a sentence for each.")
+
+
 class DeletedVideo(BaseModel):
     """A video that is no more."""
 

@@ -1,0 +1,1 @@
+"""Requests again: as a command line."""
