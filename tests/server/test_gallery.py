@@ -75,8 +75,8 @@ def test_video_shows_its_media(local_app: OpenedApp) -> None:
 
 def test_search_among_5000_videos_is_quick(local_app: OpenedApp) -> None:
     store = local_app.state.queue.store
-    (job,) = store.jobs(limit=1).jobs or [store.get(local_app.submit())]
-    ((row,),) = (store.table.database.rows("SELECT * FROM jobs WHERE id = ?", (job.id,)),)
+    job = store.get(local_app.submit(prompt="a fox runs through deep snow, " * 16))
+    (row,) = store.table.database.rows("SELECT * FROM jobs WHERE id = ?", (job.id,))
     columns = {name: row[name] for name in row.keys() if name not in ("number", "seq", "id")}  # noqa: SIM118
     with store.table.change() as change:
         for number in range(5000):
@@ -84,9 +84,11 @@ def test_search_among_5000_videos_is_quick(local_app: OpenedApp) -> None:
                 **{**columns, "id": f"video_{number:032x}", "status": FAILED, "error": {"code": "x", "message": "x"}}
             )
         change.announced.clear()
-    began = time.perf_counter()
-    assert store.jobs(words=("no", "such", "words")).jobs == []
-    seconds = time.perf_counter() - began
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()  # other processes do not count
+        assert store.jobs(words=("fox", "deep", "elephant")).jobs == []  # every prompt has all words but the last
+        seconds.append(time.process_time() - began)
     with store.table.change() as change:
         change.rows("DELETE FROM jobs WHERE id LIKE 'video_0000000000000%'")
-    assert seconds < 0.25  # 0.02 on an idle machine
+    assert min(seconds) < 0.05  # 0.021 measured

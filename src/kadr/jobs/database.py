@@ -151,7 +151,7 @@ class Database:
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
-    connection.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite's own LOWER is for ASCII
+    connection.create_function("has_words", 2, _has_words, deterministic=True)  # SQLite's own LIKE is for ASCII
     connection.execute("PRAGMA synchronous = FULL")  # an accepted job survives a power cut
     connection.execute(f"PRAGMA journal_mode = {'WAL' if _is_wal_safe(sqlite3.sqlite_version_info) else 'TRUNCATE'}")
     return connection
@@ -172,6 +172,12 @@ def _number_in_header(path: Path) -> int:
     except FileNotFoundError:
         return 0
     return int.from_bytes(header[_NUMBER_BYTES], "big") if header.startswith(_MAGIC) else 0
+
+
+def _has_words(text: str, words: str) -> bool:
+    """Tells whether a text has all words, which are folded, with spaces between them."""
+    folded = text.casefold()
+    return all(word in folded for word in words.split())
 
 
 def _refuse_newer(path: Path, number: int) -> None:

@@ -182,12 +182,12 @@ class JobStore:
         if statuses:
             condition += f" AND status IN ({', '.join('?' * len(statuses))})"
             values += tuple(statuses)
-        for word in words:
-            condition += " AND instr(casefold(json_extract(request, '$.prompt')), ?) > 0"
-            values += (word.casefold(),)
         if is_favorite is not None:
             condition += " AND is_favorite = ?"
             values += (int(is_favorite),)
+        if words:  # behind all that is quicker to look at
+            condition += " AND has_words(json_extract(request, '$.prompt'), ?)"
+            values += (" ".join(words).casefold(),)
         if after is not None:
             try:
                 last = self.get(after, owner)
