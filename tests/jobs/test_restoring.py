@@ -68,6 +68,16 @@ def test_deleted_database_is_made_again_from_the_folders(store: JobStore, open_s
     assert key_of_ann.id == made.id
 
 
+def test_favourites_survive_a_lost_database(store: JobStore, open_store: OpenStore) -> None:
+    favourite, former, other = (make_job(store, prompt).id for prompt in "abc")
+    for job_id in (favourite, former):
+        store.set_favorite(job_id, True)
+    store.set_favorite(former, False)
+    store = reopen(store, open_store, Path.unlink)
+    found = [store.get(job_id).is_favorite for job_id in (favourite, former, other)]
+    assert found == [True, False, False]
+
+
 def test_damaged_database_is_made_again_from_the_folders(store: JobStore, open_store: OpenStore) -> None:
     made = make_job(store)
     with pytest.warns(KadrWarning, match="is damaged"):

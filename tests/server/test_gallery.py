@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kadr.jobs.events import JOB
+from kadr.jobs.expiry import Retention
 from kadr.jobs.job import FAILED
 from tests.server.media import clip, image
-from tests.server.opened_app import ANNA, BEN, OpenedApp
+from tests.server.opened_app import ANNA, BEN, OpenedApp, open_app
 
 
 def found(app: OpenedApp, query: str, **parameters: str) -> list[str]:
@@ -60,6 +64,29 @@ def test_favourites_are_listed_and_belong_to_their_owner(app: OpenedApp) -> None
     assert mine in shown
     assert other not in shown
     assert not app.send("POST", path, token=ANNA, json_body={"favorite": False}).data["favorite"]
+
+
+def test_favourite_is_an_event_but_no_second_outcome(local_app: OpenedApp) -> None:
+    video_id = local_app.add_completed()
+    queue, finished = local_app.state.queue, "kadr_jobs_finished_total"
+    seq, lines, figures = queue.store.get(video_id).seq, list(local_app.lines), local_app.send("GET", "/metrics").body
+    assert local_app.send("POST", f"/v1/videos/{video_id}/favorite", json_body={"favorite": True}).status == 200
+    (event,) = queue.events.since(seq) or []
+    assert (event.kind, event.job_id, event.data.is_favorite) == (JOB, video_id, True)
+    assert local_app.lines == lines
+    after = local_app.send("GET", "/metrics").body
+    counts = [[line for line in text.decode().splitlines() if finished in line] for text in (figures, after)]
+    assert counts[0] == counts[1]
+
+
+def test_favourite_shows_that_it_does_not_expire(tmp_path: Path, loop: Any) -> None:
+    with open_app(tmp_path / "data", loop, retention=Retention(max_age=60.0)) as app:
+        video_id = app.add_completed()
+        assert app.send("GET", f"/v1/videos/{video_id}").data["expires_at"] is not None
+        app.send("POST", f"/v1/videos/{video_id}/favorite", json_body={"favorite": True})
+    with open_app(tmp_path / "data", loop, retention=Retention(max_age=60.0)) as app:
+        video = app.send("GET", f"/v1/videos/{video_id}").data
+    assert (video["favorite"], video["expires_at"]) == (True, None)
 
 
 def test_video_shows_its_media(local_app: OpenedApp) -> None:

@@ -28,6 +28,7 @@ class Event:
         job_id: the job it is about; None: about the queue.
         owner: who may see it; None: everyone.
         data: plain data, or the `Job` of a "job" event.
+        is_outcome: of a "job" event: the job finished with it.
     """
 
     seq: int
@@ -35,6 +36,7 @@ class Event:
     job_id: str | None
     owner: str | None
     data: Any = field(default_factory=dict)
+    is_outcome: bool = False
 
     def is_visible_to(self, owner: str | None) -> bool:
         """Tells whether an owner may see it; None sees everything."""

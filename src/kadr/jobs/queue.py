@@ -88,8 +88,8 @@ class JobQueue:
         self.store.close()
 
     def _announce(self, change: JobChange) -> None:
-        kind = DELETED if change.is_deleted else JOB
-        self.events.publish(Event(change.job.seq, kind, change.job.id, change.job.owner, change.job))
+        kind, job = DELETED if change.is_deleted else JOB, change.job
+        self.events.publish(Event(job.seq, kind, job.id, job.owner, job, change.is_outcome))
         if self._supervisor is not None:
             self._supervisor.on_change(change)
 

@@ -24,10 +24,17 @@ _JSON_COLUMNS = ("engine", "request", "labels", "error", "result")
 
 @dataclass(frozen=True)
 class JobChange:
-    """A change of a job that is on disk. job: as it is now; is_deleted: it is no more."""
+    """A change of a job that is on disk.
+
+    Args:
+        job: as it is now.
+        is_deleted: it is no more.
+        is_outcome: the job finished with this change; later ones of a finished job are none.
+    """
 
     job: Job
     is_deleted: bool = False
+    is_outcome: bool = False
 
 
 Announce = Callable[[JobChange], object]
@@ -117,7 +124,7 @@ class Change:
         names, marks = ", ".join(columns), ", ".join("?" * len(columns))
         query = f"INSERT INTO jobs ({names}) VALUES ({marks}) RETURNING *"
         job = job_from_row(self.rows(query, tuple(columns.values()))[0])
-        self.announced.append(JobChange(job))
+        self.announced.append(JobChange(job, is_outcome=job.is_finished))
         return job
 
     def update(self, condition: str, values: tuple[Any, ...], /, **columns: Any) -> Job | None:
@@ -131,7 +138,8 @@ class Change:
         (row,) = rows
         job, is_deleted = job_from_row(row), bool(row["is_deleted"])
         if not is_deleted or "is_deleted" in columns:
-            self.announced.append(JobChange(job, is_deleted=is_deleted))
+            is_outcome = job.is_finished and "status" in columns
+            self.announced.append(JobChange(job, is_deleted=is_deleted, is_outcome=is_outcome))
         return job
 
 

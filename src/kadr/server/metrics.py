@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from kadr.jobs.events import DELETED, JOB, Event
+from kadr.jobs.events import JOB, Event
 from kadr.jobs.job import STATUSES
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Metrics:
 
     def observe(self, event: Event) -> None:
         """Takes an event of the queue into account."""
-        if event.kind not in (JOB, DELETED) or not event.data.is_finished or event.kind == DELETED:
+        if event.kind != JOB or not event.is_outcome:
             return
         job = event.data
         self._finished.labels(job.error.code if job.error else "completed").inc()

@@ -234,7 +234,7 @@ def _engine_makers(settings: ServerSettings, engine_options: Mapping[str, Any]) 
 
 def _log_outcome(log: Callable[[str], object], hides_prompts: bool, event: Event) -> None:
     """Writes what became of a video to the log. A message may quote its prompt."""
-    if event.kind != JOB or not event.data.is_finished:
+    if event.kind != JOB or not event.is_outcome:
         return
     job = event.data
     if job.error is None:
