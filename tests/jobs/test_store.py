@@ -263,6 +263,12 @@ def test_jobs_are_found_by_status(store: JobStore, claims: JobClaims) -> None:
     assert store.counts() == {"queued": 1, "in_progress": 1, "completed": 0, "failed": 1}
 
 
+def test_words_are_found_beside_half_a_character(store: JobStore) -> None:
+    store.submit(new_job("кадр \ud800 Лиса"))
+    store.submit(new_job("a fox"))
+    assert prompts(store.jobs(words=("ЛИСА", "кадр")).jobs) == ["кадр \ud800 Лиса"]
+
+
 def test_cancelled_job_that_waits_has_failed_at_once(store: JobStore, claims: JobClaims) -> None:
     job = store.submit(new_job())
     cancelled = store.cancel(job.id)

@@ -174,9 +174,13 @@ def _number_in_header(path: Path) -> int:
     return int.from_bytes(header[_NUMBER_BYTES], "big") if header.startswith(_MAGIC) else 0
 
 
-def _has_words(text: str, words: str) -> bool:
-    """Tells whether a text has all words, which are folded, with spaces between them."""
-    folded = text.casefold()
+def _has_words(text: bytes, words: str) -> bool:
+    """Tells whether a text has all words, which are folded, with spaces between them.
+
+    Args:
+        text: as bytes, which are not UTF-8 where SQLite took them from JSON with half a character.
+    """
+    folded = text.decode(errors="replace").casefold()
     return all(word in folded for word in words.split())
 
 

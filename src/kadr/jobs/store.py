@@ -186,7 +186,7 @@ class JobStore:
             condition += " AND is_favorite = ?"
             values += (int(is_favorite),)
         if words:  # behind all that is quicker to look at
-            condition += " AND has_words(json_extract(request, '$.prompt'), ?)"
+            condition += " AND has_words(CAST(json_extract(request, '$.prompt') AS BLOB), ?)"
             values += (" ".join(words).casefold(),)
         if after is not None:
             try:
