@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,7 +89,7 @@ class Cost:
     fit_bytes: int | None
 
     def row(self) -> tuple[str, ...]:
-        share = f"{self.preview / self.step:.2%}"
+        share = f"{100 * self.preview / self.step:.2g} %"
         times = [format_seconds(seconds) for seconds in (self.step, self.preview, self.fit)]
         return self.name, *times[:2], share, times[2], format_bytes(self.fit_bytes)
 
@@ -214,8 +214,11 @@ def measure_released(models_folder: Path | None, scratch: Path) -> Cost:
     return Cost("2B, 768x512x121", whole, preview, fit, fit_bytes)
 
 
-def format_section(rows: Sequence[Sequence[str]], costs: Sequence[Cost], num_videos: int) -> Iterator[str]:
-    yield f"\n{machine_line(describe_machine(torch.device('cpu')))}.\n"
+def format_section(
+    machine: Mapping[str, Any], rows: Sequence[Sequence[str]], costs: Sequence[Cost], num_videos: int
+) -> Iterator[str]:
+    load = "" if machine["load"] is None else f"; the load before was {machine['load']:.1f}"
+    yield f"\n{machine_line(machine)}{load}.\n"
     yield f"Correlations of the preview of a step, the mean of {num_videos} videos of the demo:\n"
     yield doc_tables.markdown_table(DEMO_COLUMNS, rows)
     yield "Medians of a run:\n"
@@ -228,10 +231,11 @@ def main() -> None:
     parser.add_argument("--model-folder", type=Path, help="keeps the random model, 1 GB")
     arguments = parser.parse_args()
     tune_malloc()
+    machine = describe_machine(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         rows, demo = measure_demo(arguments.videos, Path(name))
         released = measure_released(arguments.model_folder, Path(name))
-    section = "\n".join(format_section(rows, (demo, released), arguments.videos))
+    section = "\n".join(format_section(machine, rows, (demo, released), arguments.videos))
     print(section)
     doc_tables.write_table(PAGE, MARK, section)
 
