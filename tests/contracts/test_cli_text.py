@@ -31,8 +31,8 @@ VERBS = {
     "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json --calibrate
         {_MODEL} {_REST}""",
     "doctor": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --variations --prompt-file
-        --enhance --enhance-model --enhance-required --enhance-timeout {_WINDOWS} --output --resume --json --dry-run
-        --save-latents {_MODEL} {_REST}""",
+        --enhance --enhance-model --enhance-required --enhance-timeout {_WINDOWS} --output --resume --preview --json
+        --dry-run --save-latents {_MODEL} {_REST}""",
     "batch": f"""FILE --out --retry-failed --dry-run --json --size --frames --seconds --fps --seed --negative-prompt
         {_WINDOWS} {_MODEL} {_REST}""",
     "rerun": "FILE --output --seed --model --release --device --resume --preview --json",

@@ -18,7 +18,6 @@ from kadr.cli.commands import (
     doctor,
     generate,
     inspect,
-    models,
     plan,
     quantize,
     rerun,
@@ -26,6 +25,7 @@ from kadr.cli.commands import (
     serve,
     train_lora,
 )
+from kadr.cli.commands.models import group as models
 from kadr.cli.flags.official import OfficialCommand
 from kadr.cli.terminal.closed_streams import open_closed_streams
 from kadr.cli.terminal.errors import (

@@ -15,7 +15,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 WITHOUT_CHROMIUM = "Chromium is not installed, so the page is not tried: apt-get install chromium"
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 DESK, PHONE = (1280, 800), (390, 844)
-MAX_MS = 30_000
+MAX_MS = 60_000
 expect.set_options(timeout=MAX_MS)
 _ANSWERS = "Failed to load resource"  # the browser logs by itself every answer of 400 and more, which the page shows
 

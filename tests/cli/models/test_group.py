@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kadr.checkpoints import hub
-from kadr.cli.commands import pull, verify
+from kadr.cli.commands.models import pull, verify
 from kadr.models.registry import (
     DEFAULT_TEXT_ENCODER,
     LTX_VIDEO_REPO,

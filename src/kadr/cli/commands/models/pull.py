@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kadr.checkpoints import hub
-from kadr.cli.commands.verify import Name, require_intact, verify_entry
+from kadr.cli.commands.models.verify import Name, require_intact, verify_entry
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.output import print_path

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from kadr.cli.commands.verify import Name, bytes_on_disk
+from kadr.cli.commands.models.verify import Name, bytes_on_disk
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import print_stdout
 from kadr.cli.terminal.output import print_lines
@@ -28,7 +28,7 @@ def info(name: Name, models_dir: options.ModelsDir = None, as_json: options.Json
     if release is not None:
         print_stdout(json.dumps(_to_json(release)) if as_json else "\n".join(_lines(release)))
     elif path is not None:
-        from kadr.cli.commands.folder_model_info import FolderModel  # loads torch
+        from kadr.cli.commands.models.folder_info import FolderModel  # loads torch
 
         model = FolderModel.open(FolderEntry(folders.kind_of(path), name, path))
         if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kadr.cli.commands import model_info, pull, verify
+from kadr.cli.commands.models import info, pull, verify
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import handle_errors, print_stderr, print_stdout
 from kadr.cli.terminal.output import print_lines
@@ -119,6 +119,6 @@ def _row(release: Release, entry: dict[str, Any]) -> tuple[str, ...]:
 app = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 app.callback(epilog=MODELS_EPILOG)(handle_errors()(models))
 app.command("list")(handle_errors()(list_models))
-app.command("info")(handle_errors()(model_info.info))
+app.command("info")(handle_errors()(info.info))
 app.command("pull", epilog=pull.PULL_EPILOG)(handle_errors()(pull.pull))
 app.command("verify", epilog=verify.VERIFY_EPILOG)(handle_errors()(verify.verify))

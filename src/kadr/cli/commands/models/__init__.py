@@ -1,0 +1,1 @@
+"""`kadr models` and what is below it."""
