@@ -11,6 +11,7 @@ import pytest
 
 import kadr
 from kadr.server.auth import LOCAL_CLIENT
+from kadr.server.inputs.uploads import StoredUpload
 from kadr.server.routes.video_settings import read_settings
 from tests.server.app_client import HOST
 from tests.server.media import image
@@ -138,9 +139,16 @@ def test_loras_that_are_here_have_the_names_of_the_server(tmp_path: Path, loop: 
     assert answer["missing"] == ["gone"]
 
 
+def stored_upload(metadata: dict[str, Any]) -> StoredUpload:
+    """Returns an upload that stores this, and whose file is gone."""
+    facts = {"width": 64, "height": 64, "upright_width": 64, "upright_height": 64, "frames": 9, "fps": 24.0}
+    identity = {"id": "upload_" + 32 * "0", "owner": "", "kind": "clip", "bytes": 1, "sha256": "", "suffix": ".mp4"}
+    return StoredUpload(**identity, **facts, created_at=0.0, metadata=json.dumps(metadata))  # type: ignore[arg-type]
+
+
 def test_prompt_of_thousands_of_words_is_no_error(local_app: OpenedApp) -> None:
     stored = {"schema": 1, "request": {"schema": 2, "prompt": "ab " * 5000}}
-    settings, missing = read_settings(local_app.state, LOCAL_CLIENT, json.dumps(stored))
+    settings, missing = read_settings(local_app.state, LOCAL_CLIENT, stored_upload(stored))
     assert settings is not None
     assert missing == []
 
@@ -148,6 +156,20 @@ def test_prompt_of_thousands_of_words_is_no_error(local_app: OpenedApp) -> None:
 def test_settings_that_the_server_would_refuse_are_none(local_app: OpenedApp) -> None:
     sigmas = [1 - number / 2000 for number in range(1500)]
     stored = {"schema": 1, "request": {"schema": 2, "prompt": "a", "sigmas": sigmas}}
-    settings, (message,) = read_settings(local_app.state, LOCAL_CLIENT, json.dumps(stored))
+    settings, (message,) = read_settings(local_app.state, LOCAL_CLIENT, stored_upload(stored))
     assert settings is None
     assert message.startswith("sigmas: ")
+
+
+def test_file_of_a_job_is_told_from_others_with_its_prompt(local_app: OpenedApp, video: Path) -> None:
+    content = video.read_bytes()
+    prompt, media = str(SETTINGS["prompt"]), [local_app.upload(image("PNG", *size)) for size in ((32, 48), (48, 32))]
+    ids = []
+    for number, reference in enumerate(media):
+        video_id = local_app.submit(prompt=prompt, priority=100, conditions=[{"media": reference}])
+        assert local_app.complete(content + bytes(number)).id == video_id  # as long as they differ in a byte
+        ids.append(video_id)
+    for number, video_id in enumerate(ids):
+        answer = upload(local_app, content + bytes(number))
+        assert answer["missing"] == []
+        assert [item["media"] for item in answer["settings"]["conditions"]] == [f"{video_id}/0"]

@@ -108,7 +108,7 @@ def test_variations_wait_and_change_places(tab: Tab) -> None:
     expect(rows.nth(2)).to_have_attribute("data-key", last or "")
     rows.nth(2).drag_to(rows.nth(1))
     expect(rows.nth(1)).to_have_attribute("data-key", last or "")
-    rows.nth(1).get_by_role("button", name="Cancel all others that wait").click()
+    rows.nth(1).get_by_role("button", name="Only this").click()
     expect(rows).to_have_count(2)
     rows.nth(1).get_by_role("button", name="Cancel", exact=True).click()
     rows.nth(0).get_by_role("button", name="Cancel", exact=True).click()

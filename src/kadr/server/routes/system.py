@@ -179,7 +179,7 @@ async def get_metrics(state: State, client: Sender) -> Response:
 def _show_upload(state: ServerState, client: Client, upload: StoredUpload) -> dict[str, Any]:
     facts = asdict(upload)
     times = {"created_at": int(upload.created_at), "expires_at": int(upload.created_at + state.uploads.limits.max_age)}
-    settings, missing = read_settings(state, client, upload.metadata)
+    settings, missing = read_settings(state, client, upload)
     fields = {key: facts[key] for key in schema.Upload.model_fields if key in facts}
     return {**fields, **times, "settings": settings, "missing": missing}
 

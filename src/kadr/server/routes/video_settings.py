@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from kadr.errors import KadrError
+from kadr.jobs.engine_maker import VIDEO_FILE
 from kadr.jobs.job import COMPLETED, Job
 from kadr.json_reader import parse_json
 from kadr.quoting import one_line, show
-from kadr.request.request import AUTO_SIZE, Request
+from kadr.request.request import Request
 from kadr.schema import upgrade_video_metadata
 from kadr.server.auth import Client
 from kadr.server.errors import ApiError
 from kadr.server.inputs.bodies import check_body
-from kadr.server.routes.drafts import settings_from_request, settings_of, with_media
+from kadr.server.inputs.uploads import StoredUpload
+from kadr.server.routes.drafts import settings_from_request, settings_of
 from kadr.server.schema import MAX_PROMPT_CHARACTERS, CreateVideo
 from kadr.server.state import ServerState
 from kadr.spec.lora import Lora
 
-MAX_CANDIDATES = 100  # jobs with the same prompt and seed, of which one may be the video itself
+MAX_CANDIDATES = 100  # jobs with the same prompt, of which one may have made the file
 MAX_SEARCHED = 100  # words of its prompt: SQLite takes no condition of thousands
 MAX_NAMED = 20  # things that are missing
 _THIS_VIDEO = Path("this video")  # what errors call it
 
 
-def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """Returns the settings of a video, as `POST /v1/videos` takes them, and names of what they lack.
+def read_settings(
+    state: ServerState, client: Client, upload: StoredUpload
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Returns the settings of an uploaded video, as `POST /v1/videos` takes them, and names of what they lack.
 
-    Args:
-        metadata: as `MediaFacts`. Anybody may have written it: what is not a request of kadr gives no settings.
+    Anybody may have written what it stores: what is not a request of kadr gives no settings.
     """
-    if not metadata:
+    if not upload.metadata:
         return None, []
     try:
-        record = upgrade_video_metadata(parse_json(metadata, is_strict=True), _THIS_VIDEO)
+        record = upgrade_video_metadata(parse_json(upload.metadata, is_strict=True), _THIS_VIDEO)
         request = Request.from_json(record["request"])
         stored_loras = _read_loras(record, request)
     except KadrError as error:  # also of a newer kadr, whose number it names
@@ -45,7 +50,7 @@ def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[di
         return None, ["its settings are damaged"]
     if len(request.prompt) > MAX_PROMPT_CHARACTERS:
         return None, ["its prompt is too long for this server"]
-    if (job := _find_job(state, client, request)) is not None:
+    if (job := _find_job(state, client, request, state.uploads.path(upload))) is not None:
         return settings_of(job), []
     settings = settings_from_request(request.to_json(), {})
     if request.conditions and "windows" in settings:
@@ -64,33 +69,25 @@ def read_settings(state: ServerState, client: Client, metadata: str) -> tuple[di
     return settings, missing[:MAX_NAMED]
 
 
-def _find_job(state: ServerState, client: Client, request: Request) -> Job | None:
-    """Returns the job that made a video, if it is still here: its media are, too."""
-    stored = _without_folders(request)
+def _find_job(state: ServerState, client: Client, request: Request, path: Path) -> Job | None:
+    """Returns the job that made the very file at a path, if it is still here: its media are, too."""
     words = request.prompt.split()[:MAX_SEARCHED]
     page = state.queue.store.jobs(client.scope, statuses=(COMPLETED,), words=words, limit=MAX_CANDIDATES)
-    candidates = ((job, _without_folders(Request.from_json(job.request))) for job in page.jobs)
-    return next((job for job, settings in candidates if _agrees({**settings, "original_prompt": None}, stored)), None)
+    return next((job for job in page.jobs if _is_same_file(state.queue.store.folders.output(job.id), path)), None)
 
 
-def _without_folders(request: Request) -> dict[str, Any]:
-    return with_media(request, {str(path): path.name for path in request.media_paths()}).to_json()
-
-
-def _agrees(submitted: Any, resolved: Any) -> bool:
-    """Tells whether settings that leave some open are those that a video stores, which leaves none open."""
-    if isinstance(submitted, Mapping) and isinstance(resolved, Mapping):
-        return all(_agrees(value, resolved.get(name)) for name, value in submitted.items())
-    if isinstance(submitted, list) and isinstance(resolved, list):
-        return len(submitted) == len(resolved) and all(map(_agrees, submitted, resolved))
-    return submitted in (None, AUTO_SIZE, resolved)
+def _is_same_file(output: Path, path: Path) -> bool:
+    with suppress(OSError):  # one of them is deleted at this moment
+        return filecmp.cmp(output / VIDEO_FILE, path, shallow=False)  # their sizes first
+    return False
 
 
 def _find_model(state: ServerState, record: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     """Returns the name that this server has for a model, and what is missing."""
     names = [os.path.basename(name) for key in ("model_name", "release") if isinstance(name := record.get(key), str)]
     for name in names:
-        for candidate in (name, Path(name).stem):
+        served = [own for own, opened in state.catalogue.models.items() if opened == name]
+        for candidate in (*served, name, Path(name).stem):
             try:
                 return state.catalogue.find_model(candidate)[0], []
             except ApiError:

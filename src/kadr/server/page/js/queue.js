@@ -72,7 +72,10 @@ function createRow({ id }) {
   );
   const up = iconButton("up", "Move up", () => moveBy(id, -1));
   const down = iconButton("down", "Move down", () => moveBy(id, 1));
-  const others = iconButton("trash", "Cancel all others that wait", () => cancelOthers(id));
+  const others = button("Only this", () => cancelOthers(id), {
+    class: "small quiet",
+    title: "Cancel all others that wait",
+  });
   const row = h(
     "li",
     { class: "video" },

@@ -47,7 +47,7 @@ function showEmpty(node) {
   const isFirst = isEmptyServer();
   const isDemo = store.get().model?.words != null;
   const about = isDemo
-    ? "This is the demo model: it draws one coloured shape on a plain background, in seconds. Start the server with another model for real videos: kadr serve MODEL."
+    ? "This is the demo model: it draws one coloured shape on a plain background, in seconds. Start the server with another model for real videos: kadr serve --model NAME."
     : "The more you describe, the better: subject, motion, camera, light.";
   const lines = isFirst ? ["Say what the video shows, and make it.", about] : [];
   node.replaceChildren(...lines.map((line, index) => h(index === 0 ? "h2" : "p", {}, line)));
