@@ -51,8 +51,9 @@ def test_plan_says_what_is_sampled(local_app: OpenedApp) -> None:
     assert (plan["num_frames"], plan["sampled_frames"]) == (10, 17)
     assert (plan["num_passes"], plan["windows"]) == (1, [])
     assert plan_of(local_app, multi_scale=True)["num_passes"] == 2
-    windows = plan_of(local_app, **WINDOWED)["windows"]
-    assert windows == [[0, 25, 0], [16, 41, 1], [32, 57, 1], [48, 60, 1]]
+    assert plan_of(local_app, **WINDOWED)["windows"] == [[0, 25], [25, 41], [41, 57], [57, 60]]
+    short_overlap = {**WINDOWED, "windows": {"frames": 25, "overlap": 8}}
+    assert plan_of(local_app, **short_overlap)["windows"] == [[0, 25], [25, 49], [49, 60]]
 
 
 @pytest.mark.parametrize("settings", [{"size": "512x512", "num_frames": 121}, {**WINDOWED, "size": "512x512"}])

@@ -346,8 +346,8 @@ class VideoPlan(BaseModel):
     sampled_frames: int = Field(description="num_frames, rounded up to 8k+1; cut to it at the end.")
     num_passes: int = Field(description="1 or 2.")
     windows: list[list[int]] = Field(
-        description="Of each window: its first frame, the frame after its last one, and its prompt's place in prompts, "
-        "from 0. Empty where the video is sampled at once."
+        description="Frames that each window adds: the first one, and the one after the last. The last of prompts is "
+        "that of all further windows. Empty where the video is sampled at once."
     )
     prompts: list[PlannedPrompt] = Field(description="One for each prompt of windows; without windows a single one.")
     suggestion: dict[str, Any] | None = Field(

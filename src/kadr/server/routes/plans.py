@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from kadr.errors import KadrWarning, PlanError
@@ -51,11 +52,7 @@ def _as_json(value: Any) -> Any:
 
 def _show_shape(resolved: ResolvedRequest) -> dict[str, Any]:
     """Returns size and length of a video, and what is sampled for it."""
-    last_prompt = len(resolved.prompts) - 1
-    windows = [
-        [span.first_frame, min(span.first_frame + span.frames, resolved.frames), min(index, last_prompt)]
-        for index, span in enumerate(resolved.spans)
-    ]
+    ends = [min(span.first_frame + span.frames, resolved.frames) for span in resolved.spans]
     return {
         "size": str(resolved.size),
         "num_frames": resolved.frames,
@@ -64,7 +61,7 @@ def _show_shape(resolved: ResolvedRequest) -> dict[str, Any]:
         "sampled_size": str(resolved.sampled_size),
         "sampled_frames": resolved.sampled_frames,
         "num_passes": len(resolved.passes),
-        "windows": windows,
+        "windows": [list(added) for added in pairwise([0, *ends])],
     }
 
 
