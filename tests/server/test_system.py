@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from kadr.memory.device import resident_bytes, total_bytes
-from kadr.server.system_monitor import CACHE_SECONDS, LOW_DISK_FACTOR, SystemMonitor
+from kadr.server.system_monitor import CACHE_SECONDS, LOW_DISK_BYTES, SystemMonitor
 from kadr.version import __version__
 from tests.server.opened_app import ADMIN, ANNA, BEN, OpenedApp
 
@@ -45,7 +45,8 @@ def test_system_describes_the_machine(local_app: OpenedApp) -> None:
     shown = system(local_app)
     assert (shown["version"], shown["models"]) == (__version__, len(local_app.state.catalogue.model_names()))
     assert shown["disk_free_bytes"] == pytest.approx(shutil.disk_usage(local_app.folder).free, rel=0.1)
-    assert shown["is_disk_low"] is False
+    bound = local_app.state.queue.supervisor.min_free_bytes + LOW_DISK_BYTES
+    assert shown["is_disk_low"] is (shown["disk_free_bytes"] < bound)
     if shown["device"] == "cpu":
         assert 0 < shown["memory_bytes"] <= psutil.virtual_memory().total
         assert shown["memory_used_bytes"] >= 0.5 * resident_bytes()
@@ -67,7 +68,8 @@ def test_monitor_looks_once_a_second(tmp_path: Path) -> None:
 
 
 def test_disk_is_low_before_jobs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for free, is_low in ((LOW_DISK_FACTOR * LIMIT, False), (LOW_DISK_FACTOR * LIMIT - 1, True), (LIMIT + 1, True)):
+    bound = LIMIT + LOW_DISK_BYTES
+    for free, is_low in ((bound, False), (bound - 1, True), (LIMIT, True), (LIMIT - 1, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         facts = open_monitor(tmp_path, [0.0]).read()
         assert (facts.disk_free_bytes, facts.is_disk_low) == (free, is_low)

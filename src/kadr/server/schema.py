@@ -382,7 +382,7 @@ class SystemState(BaseModel):
         description="Of a GPU, by any program; else what the server and its workers have in memory."
     )
     disk_free_bytes: int | None = Field(description="Of the disk with the data; null where it cannot be read.")
-    is_disk_low: bool = Field(description="Less than twice as much is free as jobs need to begin.")
+    is_disk_low: bool = Field(description="At most 2 GB more are free than jobs need to begin.")
     max_queued: int = Field(description="Videos of this client that may wait.")
     max_upload_bytes: int = Field(description="Of one file.")
     models: int = Field(description="Number of models.")

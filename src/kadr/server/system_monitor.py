@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 CACHE_SECONDS = 1.0
-LOW_DISK_FACTOR = 2  # times the free bytes at which jobs are refused: there is time left to delete something
+LOW_DISK_BYTES = 2 * 10**9  # above the free bytes at which no job begins: there is time left to delete something
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class SystemMonitor:
             memory_bytes=total_bytes(device),
             memory_used_bytes=used_bytes(device),
             disk_free_bytes=free,
-            is_disk_low=free is not None and free < LOW_DISK_FACTOR * self.min_free_bytes,
+            is_disk_low=free is not None and free < self.min_free_bytes + LOW_DISK_BYTES,
             models=self.count_models(),
         )
 
