@@ -57,9 +57,11 @@ class Recorder:
     outcomes: list[RowOutcome] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
 
     def show_progress(self, progress: BatchProgress, row: BatchRow | None, stage: Mapping[str, Any]) -> None:
         self.left.append(progress.num_left)
+        self.stages += [stage["stage"]] if stage else []
 
     def show_outcome(self, progress: BatchProgress, outcome: RowOutcome) -> None:
         self.outcomes.append(outcome)

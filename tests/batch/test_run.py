@@ -185,6 +185,12 @@ def test_video_that_cannot_be_moved_is_moved_later(tmp_path: Path, out: Path, mo
     assert set(count_lines(tmp_path / "log", END).values()) == {1}
 
 
+def test_loading_a_model_is_not_taken_for_progress(tmp_path: Path, out: Path) -> None:
+    watch = Recorder()
+    fake_batch(write_rows(tmp_path, {"prompt": "load"}), out, tmp_path / "log", watch).run()
+    assert watch.stages == ["decode"]
+
+
 def test_notices_and_a_full_disk_are_said(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = iter(["the disk has 3 MB free", "the disk has 3 MB free", None])
     monkeypatch.setattr(run_module, "_STORAGE_SECONDS", 0.0)

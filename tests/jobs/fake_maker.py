@@ -1,6 +1,7 @@
 """`FakeMaker`: makes videos of a few bytes as their prompts say, well or badly, in a worker process without a model.
 
     "make"              at once
+    "load"              at once, and reports that a model is loaded before and after
     "slow 2.5"          in so many seconds, and looks at the token every 10 ms
     "busy 2.5"          the same, and reports progress every 10 ms
     "hang"              never, and ignores the token; "flood" also reports progress all the time
@@ -107,6 +108,12 @@ def _make(arguments: list[str], report: Report, token: CancelToken, is_first: bo
     report_step(report, "decode", 1, 1)
 
 
+def _load(arguments: list[str], report: Report, token: CancelToken, is_first: bool) -> None:
+    for is_loading in (True, False):
+        report("load", is_loading)
+    _make(arguments, report, token, is_first)
+
+
 def _slow(arguments: list[str], report: Report, token: CancelToken, is_first: bool) -> None:
     end = time.monotonic() + float(arguments[0])
     while time.monotonic() < end:
@@ -167,6 +174,7 @@ def _large(arguments: list[str], report: Report, token: CancelToken, is_first: b
 
 _ACTIONS: dict[str, Callable[[list[str], Report, CancelToken, bool], None]] = {
     "make": _make,
+    "load": _load,
     "slow": _slow,
     "busy": _busy,
     "hang": _hang,

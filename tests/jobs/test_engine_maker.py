@@ -56,8 +56,12 @@ def test_video_is_made_with_its_stills_and_reports(tmp_path: Path) -> None:
     assert result["model_name"] == "demo"
     assert Request.from_json(result["request"]).prompt == REQUEST.prompt
     kinds = [kind for kind, _ in reports]
-    assert kinds[0] == "plan"
-    assert set(kinds) <= {"plan", "progress", "notice"}
+    assert kinds[:3] == ["load", "plan", "progress"]
+    assert set(kinds) <= {"load", "plan", "progress", "notice"}
+    loads = [data for kind, data in reports if kind == "load"]
+    assert loads == [True] + [True, False] * 3  # the model is opened; text encoder, transformer and decoder are loaded
+    denoise = [kind for kind, data in reports if kind == "load" or data.get("stage") == "denoise"]
+    assert denoise.index("progress") == 5  # only then, though its module was loaded before
     (plan,) = (data for kind, data in reports if kind == "plan")
     stages = [data["stage"] for kind, data in reports if kind == "progress"]
     assert list(dict.fromkeys(stages)) == list(plan["stage_seconds"])
@@ -70,8 +74,9 @@ def test_second_job_of_a_model_finds_it_warm(tmp_path: Path) -> None:
     maker = EngineMaker(writes_stills=False)
     make(maker, tmp_path, output=tmp_path / "output.1")
     engine = maker._engine
-    make(maker, tmp_path, output=tmp_path / "output.2")
+    _, reports = make(maker, tmp_path, output=tmp_path / "output.2")
     assert maker._engine is engine
+    assert [data for kind, data in reports if kind == "load"] == [True]
     assert [path.name for path in (tmp_path / "output.2").iterdir()] == ["video.mp4"]
     assert (tmp_path / "output.1" / "video.mp4").read_bytes() == (tmp_path / "output.2" / "video.mp4").read_bytes()
 

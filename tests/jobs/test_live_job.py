@@ -37,6 +37,11 @@ def progress(stage: str, step: int, of: int, eta: float | None = None) -> dict[s
         ({"beat_at": 200.0, "plan": PLAN}, 200.0, None),  # the longest stage of its plan, 4 times
         ({"beat_at": 241.0, "plan": PLAN}, 241.0, "made no progress for 240 s"),
         ({"beat_at": 41.0, "plan": PLAN, "progress": progress("text", 1, 2)}, 41.0, "made no progress for 40 s"),
+        (
+            {"beat_at": 41.0, "plan": PLAN, "progress": progress("text", 2, 2), "is_loading": True},
+            41.0,
+            None,  # the longest stage may be what it loads for
+        ),
         ({"beat_at": 2.0, "cancelled_at": 0.0}, 2.0, None),
         ({"beat_at": 2.5, "cancelled_at": 0.0}, 2.5, "did not stop within 2 s of being cancelled"),
         ({"beat_at": 5.5, "cancelled_at": 0.0, "plan": PLAN}, 5.5, None),  # twice its longest layer
@@ -60,6 +65,22 @@ def test_fraction_rises_from_0_to_1() -> None:
     fractions = [live_job().fraction, live_job(plan=PLAN).fraction]
     fractions += [live_job(plan=PLAN, progress=report).fraction for report in reports]
     assert fractions == pytest.approx([0.0, 0.0, 0.0, 0.1, 0.4, 1.0])
+
+
+def test_loading_keeps_what_is_done() -> None:
+    job = live_job(plan=PLAN, progress=progress("text", 1, 1))
+    before = job.report
+    job.is_loading = True
+    assert job.report == {**before, "is_loading": True}
+    assert before["fraction"] == pytest.approx(0.1)
+    assert live_job(is_loading=True).report == {
+        "stage": None,
+        "step": None,
+        "of": None,
+        "is_loading": True,
+        "fraction": 0.0,
+        "seconds_left": None,
+    }
 
 
 def test_stage_that_the_plan_does_not_know_counts_as_nothing() -> None:

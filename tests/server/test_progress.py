@@ -58,6 +58,7 @@ def test_progress_of_a_video_rises_step_by_step(client: httpx2.Client) -> None:
     assert {answer["steps"] for answer in denoise} == {12}
     steps, etas = [answer["step"] for answer in denoise], [answer["eta_seconds"] for answer in running]
     assert steps == sorted(steps)
+    etas = [eta for eta in etas if eta is not None]  # there is none before the plan
     assert 0 <= etas[-1] < etas[0] < 60
     assert all(answer["error"] is None and answer["url"] is None for answer in answers[:-1])
     assert answers[-1]["progress"] == 100
@@ -75,6 +76,7 @@ def test_events_of_one_video_end_with_it(client: httpx2.Client) -> None:
     progress = [event.data for event in events if event.kind == "progress"]
     assert {"stage", "step", "steps", "eta_seconds", "progress", "seq"} <= set(progress[0])
     assert len(progress) > 12
+    assert [data["progress"] for data in progress] == sorted(data["progress"] for data in progress)
     seqs = [event.data["seq"] for event in events]
     assert seqs == sorted(set(seqs))
     with client.stream("GET", f"/v1/videos/{video['id']}/events") as response:
@@ -90,6 +92,9 @@ def test_events_after_a_gap_are_those_that_were_missed(client: httpx2.Client) ->
         while {event.data["id"] for event in seen if event.data.get("status") == "completed"} != set(videos):
             seen.append(next(events))
     assert {event.data["id"] for event in seen} == set(videos)
+    for video_id in videos:
+        first = next(event.data for event in seen if event.kind == "progress" and event.data["id"] == video_id)
+        assert (first["stage"], first["step"], first["steps"], first["progress"]) == ("load", None, None, 0)
     for missed in (1, len(seen) // 2, len(seen) - 1):
         greeting, *again = events_so_far(client, **{"Last-Event-ID": str(seen[missed - 1].id)})
         assert greeting.kind == "ready"

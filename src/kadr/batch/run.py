@@ -167,7 +167,7 @@ class _Run:
             return
         if event.kind == JOB:
             self._take_job(row, event.data)
-        elif event.kind == PROGRESS:
+        elif event.kind == PROGRESS and not event.data.get("is_loading"):
             self.progress.advance(row, event.data)
             self.watch.show_progress(self.progress, row, event.data)
         elif event.kind == NOTICE:

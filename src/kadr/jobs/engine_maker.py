@@ -97,7 +97,7 @@ class EngineMaker:
         """Makes the video of a job and returns its result.
 
         Args:
-            report: called with a kind of report and its data: "plan", "progress", "notice".
+            report: called with a kind of report and its data: "load", "plan", "progress", "preview", "notice".
             token: cancels it.
 
         Raises:
@@ -105,6 +105,7 @@ class EngineMaker:
             OSError: a file cannot be written.
         """
         began = time.monotonic()
+        report("load", True)  # until the first stage: the model is opened, and fetched where it is missing
         with _report_warnings(report):
             engine = self._open(task.engine)
             request = with_media_in(Request.from_json(task.request), task.folder)
@@ -115,6 +116,7 @@ class EngineMaker:
                 watch=_Watcher(report, self.previews),
                 preview=self.previews,
                 on_plan=lambda plan: report("plan", describe_plan(plan)),
+                on_load=partial(report, "load"),
                 cancel=token,
                 stores_paths=self.stores_paths,
             )

@@ -36,6 +36,8 @@ class LiveJob:
 
     Args:
         has_started: its worker has begun it: from then on, it may be what kills the worker.
+        is_loading: the model is opened or fetched, before the first stage, or a module is loaded, during or before
+            any.
         progress: the newest report.
         seconds_left: of the whole job, estimated; None before the plan is known.
     """
@@ -44,6 +46,7 @@ class LiveJob:
     worker: str
     began: float
     has_started: bool = False
+    is_loading: bool = False
     progress: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -65,11 +68,25 @@ class LiveJob:
         allowed = patience.prepare
         if self.plan:
             stage_seconds = self.plan["stage_seconds"]
-            of_stage = stage_seconds.get(self.progress.get("stage"), max(stage_seconds.values(), default=0.0))
+            stage = None if self.is_loading else self.progress.get("stage")  # a module may be that of the next one
+            of_stage = stage_seconds.get(stage, max(stage_seconds.values(), default=0.0))
             allowed = max(patience.stall, patience.stall_factor * of_stage)
         if now - self.progressed_at > allowed:
             return f"made no progress for {allowed:.0f} s"
         return None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The newest report of the worker, with what follows from it for the whole job."""
+        return {
+            "stage": None,
+            "step": None,
+            "of": None,
+            **self.progress,
+            "is_loading": self.is_loading,
+            "fraction": self.fraction,
+            "seconds_left": self.seconds_left,
+        }
 
     @property
     def seconds_left(self) -> float | None:

@@ -346,8 +346,12 @@ class _Slot:
         elif kind == "plan":
             live.plan = data
         elif kind == "progress":
-            live.progress = data
-            self._publish(live, PROGRESS, {**data, "fraction": live.fraction, "seconds_left": live.seconds_left})
+            live.progress, live.is_loading = data, False
+            self._publish(live, PROGRESS, live.report)
+        elif kind == "load":
+            live.is_loading = data
+            if data or live.progress:  # else there is no stage to come back to
+                self._publish(live, PROGRESS, live.report)
         elif kind == "notice":
             live.notices.append(data)
             self._publish(live, NOTICE, {"message": data})

@@ -1,8 +1,8 @@
 """A worker: a process that makes the videos of jobs, one at a time, and says every second that it lives.
 
 Its main thread makes; another one listens for cancelling, and a third one beats. Reports go to the supervisor through a
-pipe, as (kind, data): "ready", "beat", "start", "plan", "progress", "notice", then "done" or "failed". When the pipe
-closes, the supervisor is gone, and the worker ends at once: its job is another's.
+pipe, as (kind, data): "ready", "beat", "start", "load", "plan", "progress", "preview", "notice", then "done" or
+"failed". When the pipe closes, the supervisor is gone, and the worker ends at once: its job is another's.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from kadr.pipeline.dry_run import DryRun, run_dry
 from kadr.pipeline.metadata import restore_kernels, video_metadata, with_outcome, without_folders
 from kadr.pipeline.modules import TrainedTransformer
 from kadr.pipeline.plan_request import plan_request
-from kadr.pipeline.progress import Watch, ignore_progress
+from kadr.pipeline.progress import OnLoad, Watch, ignore_loads, ignore_progress
 from kadr.pipeline.stage_access import StageAccess
 from kadr.pipeline.video import Video, VideoFile
 from kadr.pipeline.writing import write_video
@@ -211,6 +211,7 @@ class Engine(StageAccess):
         *,
         watch: Watch = ignore_progress,
         on_plan: Callable[[Plan], object] | None = None,
+        on_load: OnLoad = ignore_loads,
         resume: bool = False,
         transformer: TrainedTransformer | None = None,
         kernels: Mapping[str, str] | None = None,
@@ -229,6 +230,8 @@ class Engine(StageAccess):
             watch, preview, cancel, wait: as in `generate`. Cancelled, it leaves nothing but finished windows of a long
                 video.
             on_plan: called with the plan before anything is loaded.
+            on_load: called with True before each module is loaded, and with False when that is over; one that is in
+                memory is not loaded.
             resume: continue from the windows that an interrupted generation of the same request has stored.
             transformer: used instead of the model's own.
             stores_paths: store where the model and the media lie, for `kadr rerun`; False stores only their names.
@@ -241,7 +244,9 @@ class Engine(StageAccess):
         check_path("the path of the video", path)
         original = request.request if isinstance(request, ResolvedRequest) else check_request(request)
         refuse_overwriting(original, Path(path))
-        started = self.start(request, watch=watch, transformer=transformer, preview=preview, cancel=cancel, wait=wait)
+        started = self.start(
+            request, watch=watch, transformer=transformer, preview=preview, on_load=on_load, cancel=cancel, wait=wait
+        )
         with started as generation:
             if on_plan is not None:
                 on_plan(generation.plan)

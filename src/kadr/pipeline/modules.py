@@ -25,6 +25,7 @@ from kadr.models.vae import VAE
 from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.loading.module_placement import place_module
 from kadr.pipeline.notices import Notices
+from kadr.pipeline.progress import OnLoad, ignore_loads
 from kadr.planning.placement import AS_STORED, Placement
 from kadr.planning.plan import Plan
 from kadr.quant.layers import uses_scratch
@@ -52,6 +53,7 @@ class Modules:
         module_cache: of the engine; the generation has it for itself.
         plan: where each module is placed; replaced by `apply_plan` where a stage runs out of memory.
         transformer: used for every pass instead of loading one.
+        on_load: called with True before a module is loaded, and with False when that is over.
     """
 
     def __init__(
@@ -61,13 +63,10 @@ class Modules:
         plan: Plan,
         notices: Notices,
         transformer: TrainedTransformer | None = None,
+        on_load: OnLoad = ignore_loads,
     ) -> None:
-        self.loader, self.module_cache, self.notices, self.trained_transformer = (
-            loader,
-            module_cache,
-            notices,
-            transformer,
-        )
+        self.loader, self.module_cache, self.notices = loader, module_cache, notices
+        self.trained_transformer, self._on_load = transformer, on_load
         self._is_closed = False
         self.plan = plan
         self.apply_plan(plan)
@@ -127,10 +126,13 @@ class Modules:
 
     def upscaler(self, kind: str) -> AbstractContextManager[LatentUpscaler]:
         """Acquires a latent upscaler."""
-        load, private_bytes = partial(self.loader.load_upscaler, kind), self.placement("upscale").private_bytes
-        return self.module_cache.acquire(
-            f"{kind} upscaler", lambda: move_module(load(), self.device), private_bytes=private_bytes
-        )
+        private_bytes = self.placement("upscale").private_bytes
+
+        def load() -> LatentUpscaler:
+            with self._announce_load():
+                return move_module(self.loader.load_upscaler(kind), self.device)
+
+        return self.module_cache.acquire(f"{kind} upscaler", load, private_bytes=private_bytes)
 
     def latent_statistics(self) -> AbstractContextManager[VAE]:
         """Acquires the VAE without encoder and decoder: the statistics of its latents."""
@@ -160,10 +162,11 @@ class Modules:
             placement = replace(placement, dtype=str(dtype).removeprefix("torch."), weight_format=AS_STORED)
 
         def load_placed() -> M:
-            module = load(DTYPES[placement.dtype], keep_storage_dtype=placement.weight_format == AS_STORED)
-            loras = self.loader.load_loras() if with_loras else ()
-            compiles = self.spec.compile_transformer
-            return place_module(module, placement, self.device, compile_transformer=compiles, loras=loras)
+            with self._announce_load():
+                module = load(DTYPES[placement.dtype], keep_storage_dtype=placement.weight_format == AS_STORED)
+                loras = self.loader.load_loras() if with_loras else ()
+                compiles = self.spec.compile_transformer
+                return place_module(module, placement, self.device, compile_transformer=compiles, loras=loras)
 
         if dtype is not None:
             self.module_cache.clear(keep=self.module_cache.cached_names - {name})
@@ -180,6 +183,14 @@ class Modules:
         )
         with acquired as module, retain_freed_memory():
             yield module
+
+    @contextmanager
+    def _announce_load(self) -> Iterator[None]:
+        self._on_load(True)
+        try:
+            yield
+        finally:
+            self._on_load(False)
 
     def placement(self, stage: str) -> Placement:
         """Returns the plan's placement of a stage.

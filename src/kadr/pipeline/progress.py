@@ -49,10 +49,15 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
+OnLoad = Callable[[bool], object]
 
 
 def ignore_progress(progress: Progress) -> None:
     """Ignores a report."""
+
+
+def ignore_loads(is_loading: bool) -> None:
+    """Ignores that a module is loaded."""
 
 
 @dataclass

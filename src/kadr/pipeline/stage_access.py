@@ -20,7 +20,7 @@ from kadr.pipeline.modules import Modules, TrainedTransformer
 from kadr.pipeline.notices import Notices
 from kadr.pipeline.open_model import OpenModel
 from kadr.pipeline.plan_request import plan_request
-from kadr.pipeline.progress import STAGES, Watch, ignore_progress
+from kadr.pipeline.progress import STAGES, OnLoad, Watch, ignore_loads, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
 from kadr.quoting import quote
 from kadr.request.passes import check_first_sigma
@@ -75,6 +75,7 @@ class StageAccess:
         prompts: Sequence[str] | None = None,
         transformer: TrainedTransformer | None = None,
         preview: bool = False,
+        on_load: OnLoad = ignore_loads,
         cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> Iterator[Generation]:
@@ -87,6 +88,7 @@ class StageAccess:
             prompts: prompts to encode instead of the request's.
             transformer: used instead of the model's own.
             watch, preview, cancel, wait: see `generate`.
+            on_load: see `write`.
 
         Raises:
             As `generate`.
@@ -110,7 +112,7 @@ class StageAccess:
             )
             restore_calibrated_kernels(self.spec)
             notices = Notices(self.spec.notices)
-            modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
+            modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer, on_load)
             preview_map = self._model.open_preview_map(notices, watch) if preview else None
             generation = Generation(resolved, modules, encoder, watch, token, preview_map)
             if prompts is None and (not stages or "text" in stages):

@@ -177,7 +177,8 @@ class VideoJob(BaseModel):
     queue_position: int | None = Field(None, description="Place from 1, about; null unless it is queued.")
     stage: str | None = Field(
         None,
-        description="preview, text, control, encode, denoise, upscale, refine, decode; null unless in progress.",
+        description="load (the model is opened, fetched or loaded, at the beginning or between two stages), preview, "
+        "text, control, encode, denoise, upscale, refine or decode; null unless it is in progress.",
     )
     step: int | None = Field(None, description="Of the stage, from 0.")
     steps: int | None = Field(None, description="Number of steps of the stage.")

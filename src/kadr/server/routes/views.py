@@ -13,6 +13,7 @@ from kadr.server.auth import Client
 from kadr.server.routes.drafts import settings_of
 from kadr.server.state import ServerState
 
+LOAD = "load"  # the stage of a video whose model is opened, fetched or loaded
 VIDEO, THUMBNAIL, SPRITESHEET = "video", "thumbnail", "spritesheet"
 STORAGE_PROBLEM = "the server's disk is full or cannot be read"
 MAX_POLL_MS, MIN_POLL_MS = 5000, 500
@@ -83,13 +84,13 @@ def show_video(
 
 
 def show_progress(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a report of a worker as an event has it."""
-    left = data.get("seconds_left")
+    """Returns `LiveJob.report` as an event has it."""
+    left, is_loading = data["seconds_left"], data["is_loading"]
     return {
-        "progress": min(99, int(100 * data.get("fraction", 0.0))),
-        "stage": data.get("stage"),
-        "step": data.get("step"),
-        "steps": data.get("of"),
+        "progress": min(99, int(100 * data["fraction"])),
+        "stage": LOAD if is_loading else data["stage"],
+        "step": None if is_loading else data["step"],
+        "steps": None if is_loading else data["of"],
         "eta_seconds": None if left is None else round(left, 1),
     }
 
@@ -121,8 +122,7 @@ def _show_medium(job: Job, number: int, facts: Mapping[str, Any]) -> dict[str, A
 def _show_live(live: LiveJob | None) -> dict[str, Any]:
     if live is None:
         return {"stage": None, "step": None, "steps": None, "eta_seconds": None}
-    report = show_progress({**live.progress, "seconds_left": live.seconds_left})
-    return {key: value for key, value in report.items() if key != "progress"}
+    return {key: value for key, value in show_progress(live.report).items() if key != "progress"}
 
 
 def _progress(job: Job, live: LiveJob | None) -> int:
