@@ -179,7 +179,7 @@ class Engine(StageAccess):
                 `frames` (sampled as 8k+1 and trimmed back) at `fps`.
             watch: called with a `Progress` after every step. Raise `Cancelled` from it to cancel.
             preview: give each step's `Progress` a `preview`. The first time with a VAE, the map for them is fitted on
-                the CPU and stored beside the prompt cache: a second for the demo, a minute and 3.4 GB for 2B models.
+                the CPU and stored beside the prompt cache: a second for the demo; minutes and 3.4 GB for 2B models.
             cancel: cancels the work, from any thread or signal handler; see `CancelToken`. None takes the current one.
             wait: wait until the engine has made the video before this one.
 
