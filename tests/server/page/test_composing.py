@@ -265,3 +265,27 @@ def test_file_that_is_no_image_or_clip_is_named_with_the_reason(tab: Tab, name: 
     tab.drop("body", name, b"these are only words")
     expect(tab.page.locator(".toast.error")).to_contain_text(name)
     expect(tab.page.locator(".item")).to_have_count(0)
+
+
+def test_two_videos_are_wiped_against_each_other(server: ServerProcess, open_tab: OpenTab) -> None:
+    with server.client() as client:
+        first, second = make_video(client, seed=1), make_video(client, seed=2)
+    tab = open_tab(server)
+    open_newest(tab)
+    tab.page.get_by_role("button", name="Compare with another video").click()
+    tab.page.locator(f'.tile[data-key="{first["id"]}"] button').click()
+    sources = tab.page.locator(".pictures video").evaluate_all("(videos) => videos.map((video) => video.src)")
+    assert [video["id"] in source for video, source in zip((first, second), sources, strict=True)] == [True, True]
+    tab.page.get_by_label("Where one video ends").fill("30")
+    assert "30%" in tab.page.locator(".pictures .other").evaluate("(node) => getComputedStyle(node).clipPath")
+    tab.page.get_by_role("button", name="Compare with another video").click()
+    expect(tab.page.locator(".pictures .other")).to_be_hidden()
+
+
+@pytest.mark.slow
+def test_self_test_shows_a_verdict_for_each_stage(tab: Tab) -> None:
+    tab.page.get_by_role("button", name="About this server").click()
+    tab.page.get_by_role("button", name="Self-test", exact=True).click()
+    expect(tab.page.get_by_text("Everything is as it should be.")).to_be_visible()
+    assert tab.page.locator(".verdicts li.pass").count() >= 8
+    assert "kadr" in tab.page.get_by_label("Report").input_value()

@@ -31,9 +31,7 @@ MAX_NAMED = 20  # things that are missing
 _THIS_VIDEO = Path("this video")  # what errors call it
 
 
-def read_settings(
-    state: ServerState, client: Client, upload: StoredUpload
-) -> tuple[dict[str, Any] | None, list[str]]:
+def read_settings(state: ServerState, client: Client, upload: StoredUpload) -> tuple[dict[str, Any] | None, list[str]]:
     """Returns the settings of an uploaded video, as `POST /v1/videos` takes them, and names of what they lack.
 
     Anybody may have written what it stores: what is not a request of kadr gives no settings.

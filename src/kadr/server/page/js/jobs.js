@@ -10,6 +10,7 @@ import { doLater } from "./toast.js";
 
 const STAGES = {
   load: "loading the model",
+  preview: "preparing previews",
   text: "reading the prompt",
   control: "drawing the control clip",
   encode: "encoding images",
