@@ -80,7 +80,7 @@ def test_disk_that_cannot_be_read_is_not_called_low(tmp_path: Path) -> None:
     assert (facts.disk_free_bytes, facts.is_disk_low) == (None, False)
 
 
-def test_gpu_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_goes_by_its_name_and_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     cuda = SimpleNamespace(type="cuda")
@@ -91,3 +91,10 @@ def test_gpu_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     facts = open_monitor(tmp_path, [0.0], device="cuda:1").read()
     assert (facts.device, facts.memory_bytes, facts.memory_used_bytes) == ("NVIDIA H200", 80, 70)
     assert total_bytes(cuda) == 80  # type: ignore[arg-type]
+
+    def refuse(device: object) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    full = open_monitor(tmp_path, [0.0], device="cuda:1").read()
+    assert (full.device, full.memory_bytes, full.memory_used_bytes) == ("NVIDIA H200", 80, None)

@@ -379,8 +379,9 @@ class SystemState(BaseModel):
     version: str = Field(description="Of kadr.")
     device: str = Field(description="cpu or mps, or the name of the GPU; of the first worker.")
     memory_bytes: int = Field(description="Of the device; for the CPU, no more than a container's limit.")
-    memory_used_bytes: int = Field(
-        description="Of a GPU, by any program; else what the server and its workers have in memory."
+    memory_used_bytes: int | None = Field(
+        description="Of a GPU, by any program; else what the server and its workers have in memory. null where the GPU "
+        "does not tell."
     )
     disk_free_bytes: int | None = Field(description="Of the disk with the data; null where it cannot be read.")
     is_disk_low: bool = Field(description="At most 2 GB more are free than jobs need to begin.")

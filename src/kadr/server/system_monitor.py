@@ -8,6 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CACHE_SECONDS = 1.0
 LOW_DISK_BYTES = 2 * 10**9  # above the free bytes at which no job begins: there is time left to delete something
@@ -20,14 +24,15 @@ class SystemFacts:
     Args:
         device: "cpu" or "mps", or the name of the GPU.
         memory_bytes: of the device; for the CPU, no more than a container's limit.
-        memory_used_bytes: of a GPU, by any program; else those that the server and its workers have in memory.
+        memory_used_bytes: of a GPU, by any program; else those that the server and its workers have in memory. None
+            where the GPU does not tell.
         disk_free_bytes: of the disk with the data; None where it cannot be read.
         models: number of models.
     """
 
     device: str
     memory_bytes: int
-    memory_used_bytes: int
+    memory_used_bytes: int | None
     disk_free_bytes: int | None
     is_disk_low: bool
     models: int
@@ -68,13 +73,13 @@ class SystemMonitor:
     def _look(self) -> SystemFacts:
         import torch
 
-        from kadr.memory.device import pick_device, total_bytes, used_bytes  # loads torch
+        from kadr.memory.device import pick_device, total_bytes  # loads torch
 
         device, free = pick_device(self.device), self._disk_free_bytes()
         return SystemFacts(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             memory_bytes=total_bytes(device),
-            memory_used_bytes=used_bytes(device),
+            memory_used_bytes=_memory_used_bytes(device),
             disk_free_bytes=free,
             is_disk_low=free is not None and free < self.min_free_bytes + LOW_DISK_BYTES,
             models=self.count_models(),
@@ -85,3 +90,12 @@ class SystemMonitor:
             return shutil.disk_usage(self.folder).free
         except OSError:
             return None
+
+
+def _memory_used_bytes(device: torch.device) -> int | None:
+    from kadr.memory.device import used_bytes
+
+    try:
+        return used_bytes(device)
+    except RuntimeError:  # CUDA's own: a full GPU may have no room left for another process that asks
+        return None

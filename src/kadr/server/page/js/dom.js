@@ -123,6 +123,11 @@ export function formatBytes(bytes) {
   return `${(bytes / 1e9).toFixed(bytes < 1e11 ? 1 : 0)} GB`;
 }
 
+/** Formats the memory of a server: "5.1 of 23 GB"; "23 GB" where its use is unknown. */
+export function formatMemory({ memory_used_bytes: used, memory_bytes: total }) {
+  return used === null ? formatBytes(total) : `${formatBytes(used).replace(/ GB$/, "")} of ${formatBytes(total)}`;
+}
+
 /** Formats a number of seconds of video: "5", "5.04". */
 export function formatLength(seconds) {
   return String(Math.round(seconds * 100) / 100);

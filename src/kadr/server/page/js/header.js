@@ -1,6 +1,6 @@
 /** The head of the page: the model, the machine, and the queue. */
 
-import { button, formatBytes, h, iconButton, select, setOptions, setText, setValue } from "./dom.js";
+import { button, formatMemory, h, iconButton, select, setOptions, setText, setValue } from "./dom.js";
 import { openHelp } from "./help.js";
 import { draft, setDraft } from "./draft.js";
 import { describeQueue } from "./queue.js";
@@ -30,10 +30,7 @@ export function mountHeader(root) {
   store.subscribe(["models"], update);
   store.subscribe(["system"], ({ system }) => {
     if (system === null) return;
-    setText(
-      machine,
-      `${system.device} · ${formatBytes(system.memory_used_bytes).replace(/ GB$/, "")} of ${formatBytes(system.memory_bytes)}`,
-    );
+    setText(machine, `${system.device} · ${formatMemory(system)}`);
   });
   store.subscribe(["videos", "queue"], (state) => setText(queue, describeQueue(state)));
 }

@@ -1,7 +1,7 @@
 /** About the server, the keys, and the self-test. */
 
 import { call } from "./api.js";
-import { button, formatBytes, h, setText } from "./dom.js";
+import { button, formatBytes, formatMemory, h, setText } from "./dom.js";
 import { openPanel } from "./dialog.js";
 import { draft } from "./draft.js";
 import { store } from "./state.js";
@@ -23,8 +23,8 @@ export function openHelp() {
       : [
           ["kadr", system.version],
           ["device", system.device],
-          ["memory", `${formatBytes(system.memory_used_bytes)} of ${formatBytes(system.memory_bytes)}`],
-          ["free on disk", formatBytes(system.disk_free_bytes)],
+          ["memory", formatMemory(system)],
+          ["free on disk", system.disk_free_bytes === null ? null : formatBytes(system.disk_free_bytes)],
           ["model", model?.id],
           ["release", model?.release],
           ["you", system.client || "everyone on this machine"],
