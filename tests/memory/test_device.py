@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -100,14 +99,10 @@ def test_auto_dtype_is_bfloat16_for_large_models_if_fast(
     assert pick_dtype("auto", torch_device, parameters) is expected
 
 
-def test_total_memory_of_a_container_is_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    limit, used = tmp_path / "limit", tmp_path / "used"
-    limit.write_text("4000000000\n")
-    used.write_text("1000\n")
-    monkeypatch.setattr(device, "_CGROUP_FILES", ((str(limit), str(used)),))
-    assert total_bytes(CPU) == 4_000_000_000
-    limit.write_text("max\n")
-    assert total_bytes(CPU) == psutil.virtual_memory().total
+@pytest.mark.parametrize("limit", [4_000_000_000, sys.maxsize])
+def test_total_memory_of_a_container_is_its_limit(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(device.cgroup, "memory_limit_bytes", lambda: limit)
+    assert total_bytes(CPU) == min(limit, psutil.virtual_memory().total)
 
 
 def test_used_memory_is_that_of_the_process_and_its_children() -> None:
