@@ -115,6 +115,7 @@ def test_favourites_never_expire(store: JobStore, clock: Clock) -> None:
     assert job.is_favorite
     clock.now += 2 * DAY
     assert Retention(max_age=DAY).expires_at(job) is None
+    assert delete_expired(store, Retention(max_age=3 * DAY, max_bytes=15_000)) == []  # nor do they count
     assert delete_expired(store, Retention(max_age=DAY, max_bytes=5000)) == [other.id]
     store.set_favorite(favourite.id, False)
     assert delete_expired(store, Retention(max_age=DAY)) == [favourite.id]

@@ -119,3 +119,12 @@ def test_search_among_5000_videos_is_quick(local_app: OpenedApp) -> None:
     with store.table.change() as change:
         change.rows("DELETE FROM jobs WHERE id LIKE 'video_0000000000000%'")
     assert min(seconds) < 0.05  # 0.021 measured
+
+
+def test_video_whose_description_was_damaged_is_still_listed(tmp_path: Path, loop: Any) -> None:
+    with open_app(tmp_path / "data", loop) as app:
+        video_id = app.add_completed()
+        with app.state.queue.store.table.change() as change:  # as a lost database is restored without a job.json
+            change.update("id = ?", (video_id,), labels={}, request={})
+        (video,) = app.send("GET", "/v1/videos").data["data"]
+    assert (video["id"], video["size"], video["num_frames"], video["prompt"]) == (video_id, "64x64", 9, "")

@@ -13,7 +13,7 @@ SECONDS_PER_DAY = 24 * 3600
 
 @dataclass(frozen=True)
 class Retention:
-    """Bounds on the finished jobs that are kept. Favourites are kept whatever the bounds; their files count.
+    """Bounds on the finished jobs that are kept. Favourites are kept whatever the bounds, and do not count.
 
     Args:
         max_age: seconds since they finished; None: for ever.
@@ -51,9 +51,8 @@ def delete_expired(store: JobStore, retention: Retention) -> list[str]:
         expired += store.table.database.rows(query, (oldest,))
     if retention.max_bytes is not None:
         expired += store.table.database.rows(
-            "SELECT id FROM (SELECT id, is_favorite, "
-            "SUM(size_bytes) OVER (ORDER BY is_favorite DESC, seq DESC) AS total FROM jobs "
-            "WHERE status IN ('completed', 'failed') AND is_deleted = 0) WHERE total > ? AND is_favorite = 0",
+            "SELECT id FROM (SELECT id, SUM(size_bytes) OVER (ORDER BY seq DESC) AS total FROM jobs "
+            "WHERE status IN ('completed', 'failed') AND is_deleted = 0 AND is_favorite = 0) WHERE total > ?",
             (retention.max_bytes,),
         )
     ids = list(dict.fromkeys(row[0] for row in expired))

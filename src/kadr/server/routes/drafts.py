@@ -154,9 +154,9 @@ def parse_seconds(value: str | float) -> float:
 
 def settings_of(job: Job) -> dict[str, Any]:
     """Returns all settings of a job, as `POST /v1/videos` takes them; its media are `VIDEO/N`."""
-    references = {item["name"]: f"{job.id}/{number}" for number, item in enumerate(job.labels["media"])}
+    references = {item["name"]: f"{job.id}/{number}" for number, item in enumerate(job.labels.get("media", ()))}
     settings = settings_from_request(job.request, references)
-    settings |= {"model": job.labels["model"], "loras": job.labels["loras"], "priority": job.priority}
+    settings |= {"model": job.labels.get("model", ""), "loras": job.labels.get("loras", []), "priority": job.priority}
     return {key: value for key, value in settings.items() if value != []}
 
 

@@ -17,6 +17,8 @@ LOAD = "load"  # the stage of a video whose model is opened, fetched or loaded
 VIDEO, THUMBNAIL, SPRITESHEET = "video", "thumbnail", "spritesheet"
 STORAGE_PROBLEM = "the server's disk is full or cannot be read"
 MAX_POLL_MS, MIN_POLL_MS = 5000, 500
+# Of a video whose description was damaged, beside what its result tells.
+_LOST_LABELS: Mapping[str, Any] = {"model": "", "size": "", "frames": 0, "fps": 1.0, "remixed_from": None}
 
 
 def format_seconds(seconds: float) -> str:
@@ -48,7 +50,10 @@ def show_video(
         base_url: see `base_url`; for absolute addresses.
         position: in the queue.
     """
-    labels, live = job.labels, state.queue.supervisor.live.get(job.id) if job.status == IN_PROGRESS else None
+    labels, live = (
+        {**_LOST_LABELS, **(job.result or {}), **job.labels},
+        state.queue.supervisor.live.get(job.id) if job.status == IN_PROGRESS else None,
+    )
     result: Mapping[str, Any] = job.result or {}
     notices = result.get("notices", ()) if live is None else live.notices
     return {
@@ -60,14 +65,14 @@ def show_video(
         "created_at": int(job.created_at),
         "completed_at": int(job.finished_at) if job.status == COMPLETED and job.finished_at is not None else None,
         "expires_at": _whole(state.queue.retention.expires_at(job)),
-        "prompt": job.request["prompt"],
+        "prompt": job.request.get("prompt", ""),
         "seconds": format_seconds(labels["frames"] / labels["fps"]),
         "size": labels["size"],
         "error": {"code": job.error.code, "message": state.hide_paths(job.error.message)} if job.error else None,
         "remixed_from_video_id": labels["remixed_from"],
         "num_frames": labels["frames"],
         "fps": labels["fps"],
-        "seed": job.request["seed"],
+        "seed": job.request.get("seed", 0),
         "seq": job.seq,
         "queue_position": position if job.status == QUEUED else None,
         **_show_live(live),

@@ -12,13 +12,13 @@ import { mountTimeline } from "./timeline.js";
 
 /** Builds the composer. */
 export function mountComposer(root) {
-  const places = [mountPrompt, mountTimeline, mountSource, mountParts, mountShape, mountMore].map((mount) => {
-    const place = h("div", { class: "part" });
-    mount(place);
-    return place;
-  });
-  const foot = h("div", { class: "foot" });
-  mountPlan(foot);
-  mountMake(foot);
-  root.append(h("div", { class: "scroll" }, places), foot);
+	const places = [mountPrompt, mountTimeline, mountSource, mountParts, mountShape, mountMore].map((mount) => {
+		const place = h("div", { class: "part" });
+		mount(place);
+		return place;
+	});
+	const foot = h("div", { class: "foot" });
+	mountPlan(foot);
+	mountMake(foot);
+	root.append(h("div", { class: "scroll" }, places), foot);
 }

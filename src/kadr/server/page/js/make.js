@@ -12,68 +12,68 @@ const RETRIES = 4;
 
 /** Builds the button. */
 export function mountMake(root) {
-  const node = button("Make", make, { class: "main", id: "make" });
-  const keys = h("kbd", {}, "Ctrl Enter");
-  const clear = button("Clear", () => toast("The composer is empty.", { action: ["Undo", undoTo(clearDraft())] }), {
-    class: "quiet",
-  });
-  root.append(h("div", { class: "row" }, node, keys, h("span", { class: "grow" }), clear));
-  draft.subscribe(["variations"], ({ variations }) => setText(node, variations > 1 ? `Make ${variations}` : "Make"));
-  store.subscribe(
-    ["connection", "model"],
-    ({ connection, model }) => (node.disabled = connection !== "live" || model === null),
-  );
-  addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) {
-      event.preventDefault();
-      if (!node.disabled) make();
-    }
-  });
+	const node = button("Make", make, { class: "main", id: "make" });
+	const keys = h("kbd", {}, "Ctrl Enter");
+	const clear = button("Clear", () => toast("The composer is empty.", { action: ["Undo", undoTo(clearDraft())] }), {
+		class: "quiet",
+	});
+	root.append(h("div", { class: "row" }, node, keys, h("span", { class: "grow" }), clear));
+	draft.subscribe(["variations"], ({ variations }) => setText(node, variations > 1 ? `Make ${variations}` : "Make"));
+	store.subscribe(
+		["connection", "model"],
+		({ connection, model }) => (node.disabled = connection !== "live" || model === null),
+	);
+	addEventListener("keydown", (event) => {
+		if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) {
+			event.preventDefault();
+			if (!node.disabled) make();
+		}
+	});
 }
 
 function undoTo(before) {
-  return () => setDraft(before);
+	return () => setDraft(before);
 }
 
 async function make() {
-  const node = document.getElementById("make");
-  if (node.getAttribute("aria-busy") === "true") return;
-  node.setAttribute("aria-busy", "true");
-  const { model } = store.get();
-  const state = draft.get();
-  try {
-    for (const seed of listSeeds(state)) {
-      const video = await submit(toBody(state, model, seed));
-      putVideos([video]);
-      if (store.get().videos.get(store.get().selected)?.status !== "in_progress") store.set({ selected: video.id });
-    }
-    announce(`${count(state.variations, "video")} in the queue`);
-    loadPlaces();
-  } catch (error) {
-    if (error.status !== 401) toast(error.message, { isError: true });
-  } finally {
-    node.removeAttribute("aria-busy");
-  }
+	const node = document.getElementById("make");
+	if (node.getAttribute("aria-busy") === "true") return;
+	node.setAttribute("aria-busy", "true");
+	const { model } = store.get();
+	const state = draft.get();
+	try {
+		for (const seed of listSeeds(state)) {
+			const video = await submit(toBody(state, model, seed));
+			putVideos([video]);
+			if (store.get().videos.get(store.get().selected)?.status !== "in_progress") store.set({ selected: video.id });
+		}
+		announce(`${count(state.variations, "video")} in the queue`);
+		loadPlaces();
+	} catch (error) {
+		if (error.status !== 401) toast(error.message, { isError: true });
+	} finally {
+		node.removeAttribute("aria-busy");
+	}
 }
 
 /** Returns a seed for each variation: one after the other from that of the draft, or new ones. */
 function listSeeds({ seed, variations }) {
-  if (seed !== null && !/^-?\d+$/.test(seed)) return [seed]; // the server says what is wrong with it
-  const first = seed === null ? randomSeed() : Number(seed);
-  if (!Number.isSafeInteger(first))
-    throw new Error(`The page takes seeds up to ${Number.MAX_SAFE_INTEGER}; kadr generate takes longer ones.`);
-  return Array.from({ length: variations }, (_, index) => first + index);
+	if (seed !== null && !/^-?\d+$/.test(seed)) return [seed]; // the server says what is wrong with it
+	const first = seed === null ? randomSeed() : Number(seed);
+	if (!Number.isSafeInteger(first))
+		throw new Error(`The page takes seeds up to ${Number.MAX_SAFE_INTEGER}; kadr generate takes longer ones.`);
+	return Array.from({ length: variations }, (_, index) => first + index);
 }
 
 /** Submits a video. The key makes sending it again safe where the answer was lost. */
 export async function submit(body) {
-  const headers = { "idempotency-key": randomKey() };
-  for (let attempt = 1; ; attempt += 1) {
-    try {
-      return await call("POST", "/v1/videos", { body, headers });
-    } catch (error) {
-      if (error.status !== 0 || attempt === RETRIES) throw error;
-      await new Promise((resolve) => setTimeout(resolve, 500 * attempt));
-    }
-  }
+	const headers = { "idempotency-key": randomKey() };
+	for (let attempt = 1; ; attempt += 1) {
+		try {
+			return await call("POST", "/v1/videos", { body, headers });
+		} catch (error) {
+			if (error.status !== 0 || attempt === RETRIES) throw error;
+			await new Promise((resolve) => setTimeout(resolve, 500 * attempt));
+		}
+	}
 }
