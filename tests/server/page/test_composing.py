@@ -274,12 +274,12 @@ def test_two_videos_are_wiped_against_each_other(server: ServerProcess, open_tab
     open_newest(tab)
     tab.page.get_by_role("button", name="Compare with another video").click()
     tab.page.locator(f'.tile[data-key="{first["id"]}"] button').click()
-    sources = tab.page.locator(".pictures video").evaluate_all("(videos) => videos.map((video) => video.src)")
+    sources = tab.page.locator(".views video").evaluate_all("(videos) => videos.map((video) => video.src)")
     assert [video["id"] in source for video, source in zip((first, second), sources, strict=True)] == [True, True]
     tab.page.get_by_label("Where one video ends").fill("30")
-    assert "30%" in tab.page.locator(".pictures .other").evaluate("(node) => getComputedStyle(node).clipPath")
+    assert "30%" in tab.page.locator(".views .other").evaluate("(node) => getComputedStyle(node).clipPath")
     tab.page.get_by_role("button", name="Compare with another video").click()
-    expect(tab.page.locator(".pictures .other")).to_be_hidden()
+    expect(tab.page.locator(".views .other")).to_be_hidden()
 
 
 @pytest.mark.slow

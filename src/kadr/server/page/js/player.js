@@ -9,7 +9,7 @@ import { store } from "./state.js";
 /** Builds the player. */
 export function mountPlayer() {
 	const video = h("video", {
-		class: "picture",
+		class: "view",
 		loop: true,
 		muted: true,
 		playsinline: true,
@@ -19,7 +19,7 @@ export function mountPlayer() {
 	});
 	video.muted = true;
 	const other = h("video", {
-		class: "picture other",
+		class: "view other",
 		loop: true,
 		muted: true,
 		playsinline: true,
@@ -34,7 +34,7 @@ export function mountPlayer() {
 		value: 50,
 		"aria-label": "Where one video ends and the other begins",
 	});
-	const pictures = h("div", { class: "pictures" }, video, other, wipe);
+	const views = h("div", { class: "views" }, video, other, wipe);
 	const play = iconButton("play", "Play or pause", () => toggle());
 	const scrub = h("input", { type: "range", class: "grow", min: 0, step: 1, "aria-label": "Frame" });
 	const place = h("output", { class: "place" });
@@ -57,7 +57,7 @@ export function mountPlayer() {
 		place,
 		use,
 	);
-	const node = h("div", { class: "player" }, pictures, controls);
+	const node = h("div", { class: "player" }, views, controls);
 	const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
 	let shown = null;
 
@@ -120,7 +120,7 @@ export function mountPlayer() {
 		if (use.value !== "") useFrame(shown.id, frame(), use.value === "key" ? null : Number(use.value), shown.prompt);
 		use.value = "";
 	});
-	wipe.addEventListener("input", () => pictures.style.setProperty("--wipe", `${wipe.value}%`));
+	wipe.addEventListener("input", () => views.style.setProperty("--wipe", `${wipe.value}%`));
 
 	node.show = (next) => {
 		if (next.id !== shown?.id) {

@@ -70,8 +70,8 @@ function showFailure(node, video) {
 
 /** Builds what is shown while a video waits or is made. */
 function mountWork() {
-	const image = h("img", { class: "picture", alt: "Preview of the video" });
-	const still = matchMedia("(prefers-reduced-motion: reduce)").matches ? h("canvas", { class: "picture" }) : null;
+	const image = h("img", { class: "view", alt: "Preview of the video" });
+	const still = matchMedia("(prefers-reduced-motion: reduce)").matches ? h("canvas", { class: "view" }) : null;
 	const bar = h("progress", { max: 100, "aria-label": "Progress" });
 	const line = h("p", {});
 	const cancel = iconButton("close", "Cancel this video", () => {
