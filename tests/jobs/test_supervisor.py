@@ -141,7 +141,7 @@ def test_pipe_full_of_reports_keeps_their_order(running: RunningQueue) -> None:
 
 @needs_signals
 def test_killed_worker_is_replaced_and_its_job_made_once_more(running: RunningQueue) -> None:
-    job = running.submit("slow 1")
+    job = running.submit("slow 0.4")  # well below the patience of 1 s
     os.kill(running.wait_for_start(job), signal.SIGKILL)
     finished = running.finish(job)
     assert (finished.status, finished.attempt) == (COMPLETED, 2)
