@@ -17,7 +17,7 @@ export PIP_RETRIES ?= 5
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: all help .venv demo test fuzz faults load check parity format bench demo-model clean
+.PHONY: all help .venv demo test fuzz faults load image check parity format bench demo-model clean
 
 all: .venv
 	@$(MAKE) --no-print-directory help
@@ -81,6 +81,9 @@ faults: .venv/.test  ## kill workers and servers, fill disks, lose databases; pr
 
 load: .venv/.test  ## load a server with 200 videos of 20 clients, in about ten minutes; prints the figures
 	$(PY) -m benchmarks.load $(ARGS)
+
+image: .venv/.core  ## take the steps of deploy/Dockerfile without Docker and time the first video, in five minutes, as root
+	$(PY) -m deploy.rehearse $(ARGS)
 
 check: .venv/.test  ## style, types and contracts, in about a minute
 	$(PY) -m ruff check .

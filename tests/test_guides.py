@@ -115,6 +115,14 @@ REFUSALS: Mapping[str, Mapping[str, Refusal]] = {
         "--lora sketch.safetensors": Refusal(LARGE),
     },
 }
+# page -> program -> why it is not run: a script that does nothing, and that its page must call, stands in its place.
+STAND_INS: Mapping[str, Mapping[str, str]] = {
+    "docs/guides/deploy.md": {
+        "docker": "needs Docker's engine and a registry of images; make image takes the image's steps without them",
+        "git": "pulls from the network",
+        "sudo": "changes this machine: its services, /opt and /etc",
+    },
+}
 # Pages whose Python ends where it would fetch a model, or, with "", is not run because it calls a chat model.
 PYTHON_ENDS = {
     "docs/guides/control.md": NOT_FETCHED,
@@ -157,6 +165,11 @@ def prepare_long_video(folder: Path) -> None:
     write_clip(folder / "draft.mp4", 121)
 
 
+def prepare_deploy(folder: Path) -> None:
+    """Makes what the page presupposes of a clone."""
+    shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__", "kadr.env"))
+
+
 def prepare_lora(folder: Path) -> None:
     """Makes two LoRAs for 13B."""
     for name in ("cakeify", "slow-camera"):
@@ -186,6 +199,7 @@ def prepare_train_lora(folder: Path) -> None:
 PREPARATIONS: Mapping[str, Callable[[Path], None]] = {
     README: prepare_readme,
     "docs/guides/control.md": prepare_control,
+    "docs/guides/deploy.md": prepare_deploy,
     "docs/guides/long-video.md": prepare_long_video,
     "docs/guides/lora.md": prepare_lora,
     "docs/guides/model-folders.md": prepare_model_folders,
@@ -204,6 +218,11 @@ class Reader:
         home = str(folder / "home")
         self.runner.environment["HOME"] = home
         self.server = PageServer(folder / "queue", {"HOME": home})
+        self.calls_of_stand_ins = folder / ".venv" / "stand-ins"
+        for program in STAND_INS.get(page, {}):
+            script = self.runner.folder / ".venv" / "bin" / program
+            script.write_text(f"#!/bin/bash\necho {program} >> {shlex.quote(str(self.calls_of_stand_ins))}\n")
+            script.chmod(0o755)
 
     def read(self) -> None:
         """Runs the page, but for the section of README that installs kadr: tests/contracts/test_wheel.py runs that."""
@@ -267,6 +286,8 @@ def test_every_block_of_a_page_runs_in_order(
     finally:
         reader.server.stop()
     assert set(reader.refused) == set(REFUSALS.get(page, {})), "REFUSALS names commands that the page does not have"
+    calls = reader.calls_of_stand_ins.read_text().split() if page in STAND_INS else []
+    assert set(calls) == set(STAND_INS.get(page, {})), "STAND_INS names programs that the page does not call"
     videos = {path.stem: read_video(path).frames for path in tmp_path.glob("*.mp4")}
     assert all(frames.std() > 1 for frames in videos.values()), "a video of one colour"
     if page == "docs/guides/python.md":
@@ -298,4 +319,4 @@ def test_shell_of_a_page_is_that_of_its_reader(tmp_path: Path, monkeypatch: pyte
 
 
 def test_pages_of_the_tables_exist() -> None:
-    assert {*REFUSALS, *PREPARATIONS, *PYTHON_ENDS, *LONG_PAGES} <= set(PAGES)
+    assert {*REFUSALS, *STAND_INS, *PREPARATIONS, *PYTHON_ENDS, *LONG_PAGES} <= set(PAGES)
