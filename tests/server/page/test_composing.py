@@ -44,13 +44,13 @@ def test_plan_follows_what_is_typed(tab: Tab) -> None:
     expect(plan).to_contain_text("128x128, 1.04 s")
     tab.set_length(49)
     expect(plan).to_contain_text("2.04 s")
-    tab.page.get_by_label("Shape").select_option("16:9")
+    tab.page.get_by_label("Shape", exact=True).select_option("16:9")
     expect(plan).to_contain_text("160x96")
 
 
 def test_what_does_not_fit_is_corrected_by_a_button(tab: Tab) -> None:
     tab.type_prompt(PROMPT)
-    tab.page.get_by_label("Shape").select_option("own")
+    tab.page.get_by_label("Shape", exact=True).select_option("own")
     tab.page.get_by_label("Width x height").fill("8192x8192")
     tab.page.get_by_text("More:").click()
     tab.page.get_by_label("Sample window by window", exact=True).select_option("false")
@@ -82,7 +82,7 @@ def test_words_of_the_demo_are_written_by_a_tap(tab: Tab) -> None:
 def test_image_is_dropped_dragged_and_moved_by_keys(tab: Tab) -> None:
     tab.set_length(49)
     tab.drop(".track", "photo.png", PHOTO, (0.5, 0.5))
-    expect(item(tab)).to_have_attribute("title", "photo.png, 96×160\nframe 24, strength 1")
+    expect(item(tab)).to_have_attribute("title", "photo.png, 96×160\nframe 25, strength 1")
     expect(item(tab).locator("img")).to_have_js_property("complete", True)
     box = item(tab).bounding_box()
     assert box is not None
@@ -116,8 +116,8 @@ def test_photo_becomes_a_vertical_video(tab: Tab) -> None:
     with tab.page.expect_file_chooser() as chooser:
         tab.page.get_by_role("button", name="+ First").click()
     chooser.value.set_files({"name": "photo.png", "mimeType": "image/png", "buffer": PHOTO})
-    expect(item(tab).locator(".frame")).to_have_text("0")
-    tab.page.get_by_label("Shape").select_option("image")
+    expect(item(tab).locator(".frame")).to_have_text("start")
+    expect(tab.page.get_by_label("Shape", exact=True)).to_have_value("image")  # without being told
     tab.type_prompt("an orange background")
     tab.set_length(9)
     tab.set_more("Steps", "2")
@@ -249,7 +249,7 @@ def test_deleted_video_can_be_brought_back_for_a_while(server: ServerProcess, op
     tab = open_tab(server)
     expect(tab.page.locator(".tile").nth(2)).to_be_visible()
     count = tab.page.locator(".tile").count()
-    tab.page.get_by_role("button", name="Choose", exact=True).click()
+    tab.page.get_by_role("button", name="Select", exact=True).click()
     for number in (0, 1):
         tab.page.locator(".tile button").nth(number).click()
     tab.page.locator(".chosen").get_by_role("button", name="Delete").click()

@@ -58,16 +58,17 @@ def test_progress_and_preview_move_on_after_a_reload_and_the_video_plays(tab: Ta
 
 def test_two_tabs_show_the_same(server: ServerProcess, open_tab: OpenTab) -> None:
     first, second = open_tab(server), open_tab(server)
-    begin(first, "a green square rising on a gray background", steps=150)
+    prompt = "a green square rising on a gray background"
+    begin(first, prompt, steps=150)
     for tab in (first, second):
-        expect(tab.page.locator("#queue .video .one-line").first).to_have_text(
-            "a green square rising on a gray background"
-        )
+        expect(tab.page.locator("#queue .video .one-line").first).to_have_text(prompt)
+        tab.page.locator("#queue .video .open").first.click()
         expect(tab.page.locator(STATUS)).to_contain_text("denoising")
     second.page.get_by_role("button", name="Cancel this video").click()
     for tab in (first, second):
         expect(tab.page.locator("#queue .failed .hint")).to_have_text("cancelled")
         expect(tab.page.locator("#queue .rows").first.locator(".video")).to_have_count(0)
+    first.page.locator("#queue summary").click()
     first.page.locator("#queue .failed").get_by_role("button", name="Delete").click()
     first.page.reload()  # whoever leaves has decided
     expect(second.page.locator("#queue .failed")).to_have_count(0)
@@ -121,7 +122,7 @@ def test_paused_queue_says_so_in_every_tab(server: ServerProcess, open_tab: Open
     first.page.get_by_role("button", name="Pause").click()
     for tab in (first, second):
         expect(tab.page.get_by_text("The queue is paused")).to_be_visible()
-    second.page.get_by_role("button", name="Go on").click()
+    second.page.get_by_role("button", name="Resume").click()
     for tab in (first, second):
         expect(tab.page.get_by_text("The queue is paused")).to_be_hidden()
     wait_for_video(first, video_id)

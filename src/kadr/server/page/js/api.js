@@ -1,15 +1,15 @@
 /** Requests to the server's public API, and the token that it may ask for. */
 
-import { store } from "./state.js";
+import {store} from "./state.js";
 
 const TOKEN = "kadr.token";
-const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, "0"));
+const HEX = Array.from({length: 256}, (_, byte) => byte.toString(16).padStart(2, "0"));
 
 /** An error of the API. status: 0 where the server could not be reached. code, param: as the API has them. */
 export class ApiError extends Error {
 	constructor(status, error = {}, retryAfter = null) {
 		super(error.message ?? (status === 0 ? "The server cannot be reached." : `The server answered ${status}.`));
-		Object.assign(this, { status, code: error.code, param: error.param, retryAfter });
+		Object.assign(this, {status, code: error.code, param: error.param, retryAfter});
 	}
 }
 
@@ -21,17 +21,17 @@ export function setToken(token) {
 /** Returns the headers that a request needs. */
 export function authorization() {
 	const token = sessionStorage.getItem(TOKEN);
-	return token === null ? {} : { authorization: `Bearer ${token}` };
+	return token === null ? {} : {authorization: `Bearer ${token}`};
 }
 
 /** Sends a request and returns its response. Throws an `ApiError`; "AbortError" where signal ended it. */
-export async function send(method, path, { body, headers = {}, signal } = {}) {
+export async function send(method, path, {body, headers = {}, signal} = {}) {
 	const isJson = body !== undefined && !(body instanceof Blob);
 	const response = await fetch(path, {
 		method,
 		signal,
-		headers: { ...authorization(), ...(isJson ? { "content-type": "application/json" } : {}), ...headers },
-		body: isJson ? JSON.stringify(body) : body,
+		headers: {...authorization(), ...(isJson ? {"content-type": "application/json"} : {}), ...headers},
+		body: isJson ? JSON.stringify(body) : body
 	}).catch((error) => {
 		throw error.name === "AbortError" ? error : new ApiError(0);
 	});
@@ -46,7 +46,7 @@ export async function call(method, path, options) {
 
 /** Returns the error of a response, and asks for a token where that is what is missing. */
 export async function asError(response) {
-	if (response.status === 401) store.set({ isTokenAsked: true });
+	if (response.status === 401) store.set({isTokenAsked: true});
 	const answer = await response.json().catch(() => ({}));
 	return new ApiError(response.status, answer.error, Number(response.headers.get("retry-after")) || null);
 }
@@ -63,7 +63,7 @@ export function upload(file, onProgress = () => {}) {
 		request.onerror = () => reject(new ApiError(0));
 		request.onload = () => {
 			if (request.status === 200) return resolve(request.response);
-			if (request.status === 401) store.set({ isTokenAsked: true });
+			if (request.status === 401) store.set({isTokenAsked: true});
 			return reject(new ApiError(request.status, request.response?.error));
 		};
 		request.send(file);
@@ -72,7 +72,7 @@ export function upload(file, onProgress = () => {}) {
 
 /** Returns the address of a signed file on whatever name of the server this page came from. */
 export function local(url) {
-	const { pathname, search } = new URL(url);
+	const {pathname, search} = new URL(url);
 	return pathname + search;
 }
 

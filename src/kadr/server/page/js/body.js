@@ -1,8 +1,8 @@
 /** Turns the draft into the body of a request, and the settings of a video into a draft. */
 
-import { emptyDraft } from "./draft.js";
-import { findSize } from "./size.js";
-import { partsOf, windowsOf } from "./windows.js";
+import {emptyDraft} from "./draft.js";
+import {findSize} from "./size.js";
+import {partsOf, windowsOf} from "./windows.js";
 
 /** The composer's own fields under "more": name in the API -> how its text is read. */
 const READERS = {
@@ -18,14 +18,14 @@ const READERS = {
 	image_noise: readNumber,
 	decode_timestep: readNumber,
 	decode_noise: readNumber,
-	priority: readNumber,
+	priority: readNumber
 };
 const GUIDANCE = ["cfg_scale", "stg_scale", "rescale"];
 
 /** Returns the body of `POST /v1/videos` that a draft stands for. seed: of this variation. */
 export function toBody(draft, model, seed) {
-	const { more } = draft;
-	const body = { ...draft.extra, prompt: joinPrompts(draft, model), seed };
+	const {more} = draft;
+	const body = {...draft.extra, prompt: joinPrompts(draft, model), seed};
 	if (draft.model !== null) body.model = draft.model;
 	const size = findSize(draft, model);
 	if (size !== null) body.size = size;
@@ -33,8 +33,8 @@ export function toBody(draft, model, seed) {
 	if (draft.fps !== null) body.fps = draft.fps;
 	if (draft.keyframes.length > 0) body.conditions = draft.keyframes.map(toCondition);
 	if (draft.control !== null) {
-		const { media, controlKind, extra } = draft.control;
-		body.controls = [...(body.controls ?? []), { ...extra, media, kind: controlKind }];
+		const {media, controlKind, extra} = draft.control;
+		body.controls = [...(body.controls ?? []), {...extra, media, kind: controlKind}];
 	}
 	if (draft.source !== null) {
 		body.input_video = draft.source.media;
@@ -43,9 +43,9 @@ export function toBody(draft, model, seed) {
 	if (draft.loras.length > 0) body.loras = draft.loras;
 	for (const [name, read] of Object.entries(READERS)) if (more[name] !== undefined) body[name] = read(more[name]);
 	const guidance = readGroup(more, GUIDANCE);
-	if (Object.keys(guidance).length > 0) body.guidance = { ...asObject(body.guidance), ...guidance };
+	if (Object.keys(guidance).length > 0) body.guidance = {...asObject(body.guidance), ...guidance};
 	const windows = windowsOf(draft, model);
-	if (windows !== null) body.windows = { ...body.windows, ...windows.settings };
+	if (windows !== null) body.windows = {...body.windows, ...windows.settings};
 	return body;
 }
 
@@ -55,29 +55,29 @@ export function toBody(draft, model, seed) {
  * for is kept as it is.
  */
 export function fromSettings(settings, media = [], served = null) {
-	const { prompt, model, size, num_frames, frames, fps, seed, conditions, controls, input_video, loras, ...rest } =
+	const {prompt, model, size, num_frames, frames, fps, seed, conditions, controls, input_video, loras, ...rest} =
 		settings;
-	const { denoise_strength, guidance, windows, seconds, ...others } = rest;
+	const {denoise_strength, guidance, windows, seconds, ...others} = rest;
 	const facts = new Map(media.map((medium) => [medium.id, medium]));
-	const draft = { ...emptyDraft(), model: model ?? null, prompt: prompt ?? "", extra: {} };
-	if (size !== undefined) Object.assign(draft, { aspect: size === "auto" ? "image" : "own", size });
+	const draft = {...emptyDraft(), model: model ?? null, prompt: prompt ?? "", extra: {}};
+	if (size !== undefined) Object.assign(draft, {aspect: size === "auto" ? "image" : "own", size});
 	draft.frames = num_frames ?? frames ?? (seconds && fps ? Math.round(seconds * fps) : null);
 	draft.fps = fps ?? null;
 	draft.seed = seed === undefined ? null : String(seed);
 	draft.keyframes = (conditions ?? []).map((item, index) => fromCondition(item, index + 1, facts));
 	const [control, ...controlsLeft] = controls ?? [];
 	if (control !== undefined) {
-		const { media: reference, kind, ...extra } = control;
-		draft.control = { media: reference, controlKind: kind ?? "ready", name: nameOf(reference), extra };
+		const {media: reference, kind, ...extra} = control;
+		draft.control = {media: reference, controlKind: kind ?? "ready", name: nameOf(reference), extra};
 	}
 	if (controlsLeft.length > 0) draft.extra.controls = controlsLeft;
 	if (input_video !== undefined) {
-		draft.source = { media: input_video, name: nameOf(input_video), strength: denoise_strength ?? 0.75 };
+		draft.source = {media: input_video, name: nameOf(input_video), strength: denoise_strength ?? 0.75};
 	}
-	draft.loras = (loras ?? []).map((lora) => (typeof lora === "string" ? { name: lora } : lora));
+	draft.loras = (loras ?? []).map((lora) => (typeof lora === "string" ? {name: lora} : lora));
 	takeGuidance(draft, guidance);
 	takeWindows(draft, windows);
-	for (const [name, value] of Object.entries({ num_inference_steps: others.steps, ...others })) {
+	for (const [name, value] of Object.entries({num_inference_steps: others.steps, ...others})) {
 		if (value === undefined || name === "steps") continue;
 		const isField = name in READERS && typeof value !== "object" && !(name === "priority" && value === 0);
 		if (name === "sigmas") draft.more.sigmas = value.join(", ");
@@ -94,28 +94,28 @@ function joinPrompts(draft, model) {
 	return windows === null ? draft.prompt : windows.prompts.join(" | ");
 }
 
-function toCondition({ media, frame, strength, extra }) {
-	return { ...extra, media, frame, strength };
+function toCondition({media, frame, strength, extra}) {
+	return {...extra, media, frame, strength};
 }
 
 function fromCondition(item, key, facts) {
-	const { media, frame = 0, strength = 1, ...extra } = item;
-	const { kind = "image", frames = null, width = null, height = null } = facts.get(media) ?? {};
-	return { key, media, kind, frames, width, height, name: nameOf(media), frame, strength, extra };
+	const {media, frame = 0, strength = 1, ...extra} = item;
+	const {kind = "image", frames = null, width = null, height = null} = facts.get(media) ?? {};
+	return {key, media, kind, frames, width, height, name: nameOf(media), frame, strength, extra};
 }
 
 function takeGuidance(draft, guidance) {
 	if (guidance === undefined || guidance === null) return;
-	const fields = typeof guidance === "number" ? { cfg_scale: guidance } : guidance;
+	const fields = typeof guidance === "number" ? {cfg_scale: guidance} : guidance;
 	for (const [name, value] of Object.entries(fields)) {
 		if (GUIDANCE.includes(name) && typeof value === "number") draft.more[name] = String(value);
-		else draft.extra.guidance = { ...draft.extra.guidance, [name]: value };
+		else draft.extra.guidance = {...draft.extra.guidance, [name]: value};
 	}
 }
 
 function takeWindows(draft, windows) {
 	if (windows === undefined || windows === null) return;
-	const { frames, overlap, ...others } = windows;
+	const {frames, overlap, ...others} = windows;
 	draft.more.windowed = "true";
 	if (frames !== undefined) draft.more.window_frames = String(frames);
 	if (overlap !== undefined) draft.more.window_overlap = String(overlap);

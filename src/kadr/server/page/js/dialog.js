@@ -1,13 +1,13 @@
 /** Questions in a dialog of the browser's own: it holds the focus, and Escape closes it. */
 
-import { button, h } from "./dom.js";
+import {button, h} from "./dom.js";
 
 /** Asks a question. choices: [value, text], the first one stands out. Returns the value, or null. */
 export function ask(text, choices) {
 	const buttons = choices.map(([value, label], index) =>
-		button(label, () => dialog.close(value), { class: index === 0 ? "main" : "" }),
+		button(label, () => dialog.close(value), {class: index === 0 ? "main" : ""})
 	);
-	const dialog = h("dialog", { "aria-label": text }, h("p", {}, text), h("div", { class: "row wrap" }, buttons));
+	const dialog = h("dialog", {"aria-label": text}, h("p", {}, text), h("div", {class: "row wrap"}, buttons));
 	return openDialog(dialog).then((value) => value || null);
 }
 
@@ -26,13 +26,13 @@ export function openDialog(dialog) {
 
 /** Opens a panel with a heading and a button to close it. */
 export function openPanel(heading, ...content) {
-	const close = button("Close", () => dialog.close(), { class: "quiet" });
+	const close = button("Close", () => dialog.close(), {class: "quiet"});
 	const dialog = h(
 		"dialog",
-		{ class: "panel", "aria-label": heading },
+		{class: "panel", "aria-label": heading},
 		h("h2", {}, heading),
 		...content,
-		h("div", { class: "row end" }, close),
+		h("div", {class: "row end"}, close)
 	);
 	openDialog(dialog);
 	return dialog;

@@ -1,6 +1,6 @@
 /** Builds nodes, keeps lists of them, and formats figures. Foreign text only ever becomes a text node. */
 
-import { icon } from "./icons.js";
+import {icon} from "./icons.js";
 
 let numFields = 0;
 
@@ -39,23 +39,19 @@ export function setValue(field, value) {
 
 /** Returns a button with an icon, whose name is told and shown on hover. */
 export function iconButton(name, label, onclick, props = {}) {
-	return h(
-		"button",
-		{ type: "button", class: "icon", "aria-label": label, title: label, onclick, ...props },
-		icon(name),
-	);
+	return h("button", {type: "button", class: "icon", "aria-label": label, title: label, onclick, ...props}, icon(name));
 }
 
 /** Returns a button with text. */
 export function button(text, onclick, props = {}) {
-	return h("button", { type: "button", onclick, ...props }, text);
+	return h("button", {type: "button", onclick, ...props}, text);
 }
 
 /** Returns a field with its label. field: may be a row whose first field it is. */
 export function labelled(text, field) {
 	const target = field.matches("input, select, textarea") ? field : field.querySelector("input, select, textarea");
 	target.id ||= `field-${(numFields += 1)}`;
-	return h("div", { class: "field" }, h("label", { for: target.id }, text), field);
+	return h("div", {class: "field"}, h("label", {for: target.id}, text), field);
 }
 
 /** Returns a select. options: [value, text] each. */
@@ -70,8 +66,8 @@ export function setOptions(node, options) {
 	const key = JSON.stringify(options);
 	if (node.dataset.options === key) return;
 	node.dataset.options = key;
-	const { value } = node;
-	node.replaceChildren(...options.map(([name, text]) => h("option", { value: name }, text)));
+	const {value} = node;
+	node.replaceChildren(...options.map(([name, text]) => h("option", {value: name}, text)));
 	if (options.some(([name]) => name === value)) node.value = value;
 }
 
@@ -124,7 +120,7 @@ export function formatBytes(bytes) {
 }
 
 /** Formats the memory of a server: "5.1 of 23 GB"; "23 GB" where its use is unknown. */
-export function formatMemory({ memory_used_bytes: used, memory_bytes: total }) {
+export function formatMemory({memory_used_bytes: used, memory_bytes: total}) {
 	return used === null ? formatBytes(total) : `${formatBytes(used).replace(/ GB$/, "")} of ${formatBytes(total)}`;
 }
 
@@ -136,10 +132,16 @@ export function formatLength(seconds) {
 /** Formats a time of day, with the date where it was not today. */
 export function formatDate(seconds) {
 	const date = new Date(seconds * 1000);
-	const time = date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+	const time = date.toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
 	if (date.toDateString() === new Date().toDateString()) return `today ${time}`;
 	if (date.toDateString() === new Date(Date.now() - 864e5).toDateString()) return `yesterday ${time}`;
 	return `${date.toLocaleDateString()} ${time}`;
+}
+
+/** Returns the prompt of a video as a title: of windows, each prompt once. */
+export function titleOf({prompt, request}) {
+	const parts = request?.windows ? prompt.split("|").map((part) => part.trim()) : [prompt];
+	return parts.filter((part, index) => part !== parts[index - 1]).join(" → ") || "(no prompt)";
 }
 
 /** Returns "1 video" or "3 videos". */

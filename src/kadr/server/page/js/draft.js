@@ -1,6 +1,6 @@
 /** The draft: what the composer holds, kept at every change, so that a reload or a lost server loses nothing. */
 
-import { createStore } from "./state.js";
+import {createStore} from "./state.js";
 
 const KEY = "kadr.draft";
 const SCHEMA = 1;
@@ -20,7 +20,7 @@ const EMPTY = {
 	source: null, // {media, name, strength}: the video that this one is made from
 	loras: [], // {name, strength, second_strength}
 	more: {}, // name of a field of the API -> text of the composer's field
-	extra: {}, // further fields of the API that the composer has no field for
+	extra: {} // further fields of the API that the composer has no field for
 };
 
 /** The store of the draft. */
@@ -35,7 +35,7 @@ export function setDraft(patch) {
 /** Empties the draft, but for its model; returns the one that was there. */
 export function clearDraft() {
 	const before = draft.get();
-	draft.set({ ...EMPTY, model: before.model });
+	draft.set({...EMPTY, model: before.model});
 	return before;
 }
 
@@ -46,30 +46,30 @@ export function emptyDraft() {
 
 /** Adds an image or clip to the timeline. medium: {media, kind, frames, width, height, name}. */
 export function addKeyframe(medium, frame, more = {}) {
-	const { keyframes } = draft.get();
+	const {keyframes} = draft.get();
 	const key = 1 + Math.max(0, ...keyframes.map((item) => item.key));
 	const others = keyframes.filter((item) => item.frame !== frame); // one at each frame
-	draft.set({ keyframes: [...others, { extra: {}, ...medium, key, frame, strength: 1, ...more }] });
+	draft.set({keyframes: [...others, {extra: {}, ...medium, key, frame, strength: 1, ...more}]});
 	return key;
 }
 
 /** Changes one of the timeline. */
 export function patchKeyframe(key, patch) {
-	const keyframes = draft.get().keyframes.map((item) => (item.key === key ? { ...item, ...patch } : item));
-	draft.set({ keyframes });
+	const keyframes = draft.get().keyframes.map((item) => (item.key === key ? {...item, ...patch} : item));
+	draft.set({keyframes});
 }
 
 /** Takes one from the timeline. */
 export function removeKeyframe(key) {
-	draft.set({ keyframes: draft.get().keyframes.filter((item) => item.key !== key) });
+	draft.set({keyframes: draft.get().keyframes.filter((item) => item.key !== key)});
 }
 
 /** Sets a field of the recipe, or puts it back: text "" or null. */
 export function setMore(name, text) {
-	const more = { ...draft.get().more };
+	const more = {...draft.get().more};
 	if (text === "" || text === null) delete more[name];
 	else more[name] = text;
-	draft.set({ more });
+	draft.set({more});
 }
 
 // A tab has its own draft, in sessionStorage, which a reload keeps; a new tab begins with the newest one of all.
@@ -77,16 +77,16 @@ function read() {
 	for (const storage of [sessionStorage, localStorage]) {
 		try {
 			const stored = JSON.parse(storage.getItem(KEY));
-			if (stored?.schema === SCHEMA) return { ...EMPTY, ...stored.draft };
+			if (stored?.schema === SCHEMA) return {...EMPTY, ...stored.draft};
 		} catch {
 			storage.removeItem(KEY);
 		}
 	}
-	return { ...EMPTY };
+	return {...EMPTY};
 }
 
 function write(state) {
-	const text = JSON.stringify({ schema: SCHEMA, draft: state });
+	const text = JSON.stringify({schema: SCHEMA, draft: state});
 	for (const storage of [sessionStorage, localStorage]) {
 		try {
 			storage.setItem(KEY, text);

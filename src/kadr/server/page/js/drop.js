@@ -1,6 +1,6 @@
 /** Files that are dropped or pasted anywhere on the page. */
 
-import { takeFiles } from "./media.js";
+import {takeFiles} from "./media.js";
 
 /** Takes files from all of the page. */
 export function takeDropsAndPastes() {

@@ -1,6 +1,6 @@
 /** Follows `GET /v1/events`: through fetch, since an EventSource cannot send a token. */
 
-import { asError, authorization } from "./api.js";
+import {asError, authorization} from "./api.js";
 
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 8000;
@@ -21,16 +21,16 @@ export function followEvents(onEvent, onState) {
 	async function followOnce() {
 		controller = new AbortController();
 		let timer = setTimeout(() => controller.abort(), SILENCE_MS);
-		const headers = { ...authorization(), ...(lastId === null ? {} : { "last-event-id": lastId }) };
+		const headers = {...authorization(), ...(lastId === null ? {} : {"last-event-id": lastId})};
 		try {
-			const response = await fetch("/v1/events", { headers, signal: controller.signal, cache: "no-store" });
+			const response = await fetch("/v1/events", {headers, signal: controller.signal, cache: "no-store"});
 			if (!response.ok) throw await asError(response);
 			wait = FIRST_WAIT_MS;
 			onState("live");
 			const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
 			let text = "";
 			for (;;) {
-				const { value, done } = await reader.read();
+				const {value, done} = await reader.read();
 				if (done) return;
 				clearTimeout(timer);
 				timer = setTimeout(() => controller.abort(), SILENCE_MS);

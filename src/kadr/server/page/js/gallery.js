@@ -1,10 +1,11 @@
 /** The gallery: finished videos, newest first, that play under the pointer. */
 
-import { button, count, debounce, h, iconButton, setText, show, syncList } from "./dom.js";
-import { showSigned } from "./images.js";
-import { deleteVideos, downloadVideo, selectVideo } from "./jobs.js";
-import { store } from "./state.js";
-import { loadMore, searchGallery } from "./sync.js";
+import {button, count, debounce, formatDate, h, iconButton, setText, show, syncList, titleOf} from "./dom.js";
+import {showSigned} from "./images.js";
+import {deleteVideos, downloadVideo} from "./jobs.js";
+import {store} from "./state.js";
+import {selectVideo} from "./tabs.js";
+import {loadMore, searchGallery} from "./sync.js";
 
 const HOVER_MS = 120;
 const NEAR_PIXELS = 900; // from the end of the list: time to load more
@@ -14,22 +15,22 @@ const chosen = new Set();
 export function mountGallery(root) {
 	const search = h("input", {
 		type: "search",
-		placeholder: "search in prompts",
+		placeholder: "search",
 		"aria-label": "Search in prompts",
-		oninput: debounce(() => searchGallery({ query: search.value }), 250),
+		oninput: debounce(() => searchGallery({query: search.value}), 250)
 	});
-	const stars = iconButton("star", "Favourites only", () => searchGallery({ favorite: !store.get().gallery.favorite }));
-	const choose = button("Choose", () => setChoosing(!isChoosing), { class: "small" });
-	const bar = h("div", { class: "row wrap chosen" });
-	const list = h("ul", { class: "tiles" });
-	const note = h("p", { class: "hint" });
-	const end = h("div", { class: "end" });
+	const stars = iconButton("star", "Favourites only", () => searchGallery({favorite: !store.get().gallery.favorite}));
+	const choose = button("Select", () => setChoosing(!isChoosing), {class: "small"});
+	const bar = h("div", {class: "row wrap chosen"});
+	const list = h("ul", {class: "tiles"});
+	const note = h("p", {class: "hint"});
+	const end = h("div", {class: "end"});
 	root.append(
-		h("div", { class: "row between wrap" }, h("h2", {}, "Gallery"), h("span", { class: "row" }, search, stars, choose)),
+		h("div", {class: "row between wrap"}, h("h2", {}, "Gallery"), h("span", {class: "row"}, search, stars, choose)),
 		bar,
 		list,
 		note,
-		end,
+		end
 	);
 	let isChoosing = false;
 
@@ -37,12 +38,12 @@ export function mountGallery(root) {
 		isChoosing = isOn;
 		chosen.clear();
 		root.classList.toggle("choosing", isOn);
-		setText(choose, isOn ? "Done" : "Choose");
+		setText(choose, isOn ? "Done" : "Select");
 		update();
 	}
 
 	function update() {
-		const { gallery, videos, selected } = store.get();
+		const {gallery, videos, selected} = store.get();
 		stars.setAttribute("aria-pressed", String(gallery.favorite));
 		const shown = gallery.ids.map((id) => videos.get(id)).filter(Boolean);
 		syncList(
@@ -50,7 +51,7 @@ export function mountGallery(root) {
 			shown,
 			(video) => video.id,
 			(video) => createTile(video, () => isChoosing, update),
-			(tile, video) => tile.update(video, selected),
+			(tile, video) => tile.update(video, selected)
 		);
 		const isSearch = gallery.query !== "" || gallery.favorite;
 		setText(
@@ -61,20 +62,20 @@ export function mountGallery(root) {
 					? "Loading"
 					: isSearch
 						? "No video like that."
-						: "Finished videos come here.",
+						: "Finished videos come here."
 		);
 		const picked = [...chosen].map((id) => videos.get(id)).filter(Boolean);
 		show(bar, isChoosing);
 		bar.replaceChildren(
-			h("span", {}, `${count(picked.length, "video")} chosen`),
+			h("span", {}, `${count(picked.length, "video")} selected`),
 			button("Download", () => picked.forEach((video, index) => setTimeout(downloadVideo, 300 * index, video)), {
 				class: "small",
-				disabled: picked.length === 0,
+				disabled: picked.length === 0
 			}),
 			button("Delete", () => (deleteVideos(picked), setChoosing(false)), {
 				class: "small danger",
-				disabled: picked.length === 0,
-			}),
+				disabled: picked.length === 0
+			})
 		);
 	}
 	store.subscribe(["gallery", "videos", "selected"], update);
@@ -85,16 +86,17 @@ export function mountGallery(root) {
 		if (!isAsked) requestAnimationFrame(() => ((isAsked = false), lookFurther()));
 		isAsked = true;
 	};
-	document.addEventListener("scroll", askOnce, { capture: true, passive: true }); // of whichever part scrolls
+	document.addEventListener("scroll", askOnce, {capture: true, passive: true}); // of whichever part scrolls
 	store.subscribe(["gallery"], askOnce);
 }
 
-function createTile({ id }, isChoosing, onChoice) {
-	const image = h("img", { alt: "", loading: "lazy", decoding: "async" });
-	const text = h("span", { class: "caption" });
-	const star = h("span", { class: "star", "aria-hidden": "true" }, "★");
-	const open = h("button", { type: "button", class: "open" }, image, star, text);
-	const tile = h("li", { class: "tile" }, open);
+function createTile({id}, isChoosing, onChoice) {
+	const image = h("img", {alt: "", loading: "lazy", decoding: "async"});
+	const text = h("span", {class: "caption"});
+	const facts = h("span", {class: "facts hint"});
+	const star = h("span", {class: "star", "aria-hidden": "true"}, "★");
+	const open = h("button", {type: "button", class: "open"}, image, star, text, facts);
+	const tile = h("li", {class: "tile"}, open);
 	const find = () => store.get().videos.get(id);
 	open.addEventListener("click", () => {
 		if (!isChoosing()) return selectVideo(id);
@@ -108,8 +110,8 @@ function createTile({ id }, isChoosing, onChoice) {
 		if (key === shown) return;
 		shown = key;
 		showSigned(image, video, "thumbnail_url");
-		setText(text, video.prompt);
-		open.setAttribute("aria-label", `${video.prompt}, seed ${video.seed}`);
+		setText(text, titleOf(video));
+		setText(facts, `${formatDate(video.created_at)} · ${video.seconds} s`);
 		show(star, video.favorite === true);
 		if (isChoosing()) open.setAttribute("aria-pressed", String(chosen.has(id)));
 		else open.removeAttribute("aria-pressed");
@@ -127,7 +129,7 @@ function playOnHover(open, find) {
 		timer = setTimeout(() => {
 			const video = find();
 			if (video === undefined) return;
-			player = h("video", { loop: true, playsinline: true, "aria-hidden": "true" });
+			player = h("video", {loop: true, playsinline: true, "aria-hidden": "true"});
 			player.muted = true;
 			showSigned(player, video, "url");
 			open.append(player);

@@ -1,47 +1,39 @@
 /** The head of the page: the model, the machine, and the queue. */
 
-import { button, formatMemory, h, iconButton, select, setOptions, setText, setValue } from "./dom.js";
-import { openHelp } from "./help.js";
-import { draft, setDraft } from "./draft.js";
-import { describeQueue } from "./queue.js";
-import { store } from "./state.js";
+import {button, formatMemory, h, iconButton, select, setOptions, setText, setValue} from "./dom.js";
+import {openHelp} from "./help.js";
+import {draft, setDraft} from "./draft.js";
+import {describeQueue} from "./queue.js";
+import {store} from "./state.js";
+import {showTab} from "./tabs.js";
 
 /** Builds the head. */
 export function mountHeader(root) {
-	const model = select([], { "aria-label": "Model", onchange: () => setDraft({ model: model.value }) });
-	const machine = h("span", { class: "machine hint" });
-	const queue = button("", () => showTab("queue"), { class: "quiet", id: "queue-link" });
+	const model = select([], {"aria-label": "Model", onchange: () => setDraft({model: model.value})});
+	const machine = h("span", {class: "machine hint"});
+	const queue = button("", () => showTab("queue"), {class: "quiet", id: "queue-link"});
 	root.append(
 		model,
-		h("span", { class: "grow" }),
+		h("span", {class: "grow"}),
 		machine,
 		queue,
-		iconButton("menu", "About this server, keys, self-test", openHelp),
+		iconButton("menu", "About this server, keys, self-test", openHelp)
 	);
 	const update = () => {
-		const { models } = store.get();
+		const {models} = store.get();
 		setOptions(
 			model,
-			models.map((name) => [name, name]),
+			models.map((name) => [name, name])
 		);
 		setValue(model, draft.get().model);
 	};
 	draft.subscribe(["model"], update);
 	store.subscribe(["models"], update);
-	store.subscribe(["system"], ({ system }) => {
+	store.subscribe(["system"], ({system}) => {
 		if (system === null) return;
 		setText(machine, `${system.device} · ${formatMemory(system)}`);
 	});
 	store.subscribe(["videos", "queue"], (state) => setText(queue, describeQueue(state)));
-}
-
-/** Shows one of the sections: on a phone there is room for one. */
-export function showTab(name) {
-	document.body.dataset.tab = name;
-	for (const tab of document.querySelectorAll("#tabs button"))
-		tab.setAttribute("aria-current", String(tab.dataset.tab === name));
-	const section = document.getElementById(name === "make" ? "composer" : name);
-	section.scrollIntoView({ block: "nearest" });
 }
 
 /** Builds the tabs of a phone. */
@@ -49,14 +41,14 @@ export function mountTabs(root) {
 	const tabs = [
 		["make", "Make"],
 		["queue", "Queue"],
-		["gallery", "Gallery"],
+		["gallery", "Gallery"]
 	].map(([name, text]) =>
-		button(text, () => showTab(name), { "data-tab": name, "aria-current": String(name === "make") }),
+		button(text, () => showTab(name), {"data-tab": name, "aria-current": String(name === "make")})
 	);
 	root.append(...tabs);
 	store.subscribe(["videos"], (state) => {
 		const number = [...state.videos.values()].filter((video) =>
-			["queued", "in_progress"].includes(video.status),
+			["queued", "in_progress"].includes(video.status)
 		).length;
 		setText(tabs[1], number > 0 ? `Queue · ${number}` : "Queue");
 	});

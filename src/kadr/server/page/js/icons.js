@@ -20,7 +20,7 @@ const PATHS = {
 	copy: "M9 9h10v11H9zM5 15V4h10",
 	undo: "M9 6L4 11l5 5M4 11h9a6 6 0 0 1 6 6",
 	grip: "M9 6h.01M9 12h.01M9 18h.01M15 6h.01M15 12h.01M15 18h.01",
-	compare: "M12 4v16M4 7h5v10H4zM15 7h5v10h-5",
+	compare: "M12 4v16M4 7h5v10H4zM15 7h5v10h-5"
 };
 
 /** Returns an icon, which is only there for the eye. */

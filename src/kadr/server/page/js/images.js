@@ -1,7 +1,7 @@
 /** Images of the API, which an <img> cannot fetch where a token is needed. */
 
-import { call, local, send } from "./api.js";
-import { putVideos } from "./state.js";
+import {call, local, send} from "./api.js";
+import {putVideos} from "./state.js";
 
 const MOST = 300; // images that are kept
 const kept = new Map(); // path -> promise of an address of the image in this page

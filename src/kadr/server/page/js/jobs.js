@@ -1,13 +1,17 @@
 /** What can be done with a video, from the stage, the queue and the gallery alike. */
 
-import { call, randomSeed } from "./api.js";
-import { formatTime } from "./dom.js";
-import { submit } from "./make.js";
-import { restoreSettings } from "./media.js";
-import { dropVideo, putVideos, store } from "./state.js";
-import { searchGallery, showError } from "./sync.js";
-import { doLater } from "./toast.js";
+import {call, randomSeed} from "./api.js";
+import {ask} from "./dialog.js";
+import {count, formatTime, titleOf} from "./dom.js";
+import {submit} from "./make.js";
+import {restoreSettings} from "./media.js";
+import {dropVideo, putVideos, store} from "./state.js";
+import {searchGallery, showError} from "./sync.js";
+import {selectVideo, showTab} from "./tabs.js";
+import {doLater} from "./toast.js";
 
+const DOUBLE_CLICK_MS = 700; // the second click would meet the video that came into its place
+let lastDelete = -DOUBLE_CLICK_MS;
 const STAGES = {
 	load: "loading the model",
 	preview: "preparing previews",
@@ -17,7 +21,7 @@ const STAGES = {
 	denoise: "denoising",
 	upscale: "upscaling",
 	refine: "refining",
-	decode: "decoding",
+	decode: "decoding"
 };
 
 /** Returns what happens to a video, in a few words. */
@@ -32,16 +36,10 @@ export function describeStage(video) {
 	return `${STAGES[video.stage] ?? "loading the model"}${steps}`;
 }
 
-/** Puts a video on the stage, and the stage in sight. */
-export function selectVideo(id) {
-	store.set({ selected: id });
-	document.getElementById("stage").scrollIntoView({ block: "start" });
-}
-
 /** Makes a video again. seed: another one. */
 export async function retryVideo(video, seed = video.seed) {
 	try {
-		const made = await submit({ ...video.request, seed });
+		const made = await submit({...video.request, seed});
 		putVideos([made]);
 		selectVideo(made.id);
 	} catch (error) {
@@ -56,15 +54,15 @@ export function varyVideo(video) {
 
 /** Brings the settings of a video into the composer. */
 export function editVideo(video) {
-	restoreSettings(video.request, { media: video.media ?? [], name: `"${video.prompt.slice(0, 40)}"` });
-	document.body.dataset.tab = "make";
+	restoreSettings(video.request, {media: video.media ?? [], name: `"${video.prompt.slice(0, 40)}"`});
+	showTab("make");
 	document.getElementById("prompt").focus();
 }
 
 /** Makes a video a favourite, which never expires, or no longer one. */
 export async function setFavorite(video, favorite) {
 	try {
-		putVideos([await call("POST", `/v1/videos/${video.id}/favorite`, { body: { favorite } })]);
+		putVideos([await call("POST", `/v1/videos/${video.id}/favorite`, {body: {favorite}})]);
 	} catch (error) {
 		showError(error);
 	}
@@ -75,15 +73,25 @@ export function cancelVideo(id) {
 	return call("POST", `/v1/videos/${id}/cancel`).catch(showError);
 }
 
-/** Deletes videos, in ten seconds unless it is undone. */
-export function deleteVideos(list) {
-	const name = list.length === 1 ? "The video is" : `${list.length} videos are`;
-	const { gallery } = store.get();
+/** Deletes videos, in ten seconds unless it is undone. A favourite is asked about first. */
+export async function deleteVideos(list) {
+	if (performance.now() - lastDelete < DOUBLE_CLICK_MS) return;
+	const stars = list.filter((video) => video.favorite).length;
+	const isSure =
+		stars === 0 ||
+		(await ask(`Delete ${count(stars, "favourite")}?`, [
+			["yes", "Delete"],
+			["", "Keep"]
+		]));
+	if (!isSure) return;
+	lastDelete = performance.now();
+	const name = list.length === 1 ? `"${titleOf(list[0]).slice(0, 40)}" is` : `${list.length} videos are`;
+	const {gallery, selected} = store.get();
 	for (const video of list) dropVideo(video.id);
 	const run = () => list.forEach((video) => call("DELETE", `/v1/videos/${video.id}`).catch(showError));
 	const undo = () => {
 		putVideos(list);
-		store.set({ gallery: { ...store.get().gallery, ids: gallery.ids } });
+		store.set({selected, gallery: {...store.get().gallery, ids: gallery.ids}});
 		searchGallery({});
 	};
 	doLater(`${name} deleted.`, run, undo);

@@ -1,13 +1,13 @@
 /** Puts the page together. */
 
-import { mountBanners } from "./banner.js";
-import { mountComposer } from "./composer.js";
-import { takeDropsAndPastes } from "./drop.js";
-import { mountGallery } from "./gallery.js";
-import { mountHeader, mountTabs } from "./header.js";
-import { mountQueue } from "./queue.js";
-import { mountStage } from "./stage.js";
-import { startSync } from "./sync.js";
+import {mountBanners} from "./banner.js";
+import {mountComposer} from "./composer.js";
+import {takeDropsAndPastes} from "./drop.js";
+import {mountGallery} from "./gallery.js";
+import {mountHeader, mountTabs} from "./header.js";
+import {mountQueue} from "./queue.js";
+import {mountStage} from "./stage.js";
+import {startSync} from "./sync.js";
 
 const find = (id) => document.getElementById(id);
 mountBanners(find("banners"));

@@ -1,10 +1,10 @@
 /** Plays a video in a loop, frame by frame where that is wanted, and beside another one. */
 
-import { formatLength, h, iconButton, select, setText, show } from "./dom.js";
-import { icon } from "./icons.js";
-import { showSigned } from "./images.js";
-import { LAST, useFrame } from "./media.js";
-import { store } from "./state.js";
+import {formatLength, h, iconButton, select, setText, show} from "./dom.js";
+import {icon} from "./icons.js";
+import {showSigned} from "./images.js";
+import {LAST, useFrame} from "./media.js";
+import {store} from "./state.js";
 
 /** Builds the player. */
 export function mountPlayer() {
@@ -15,7 +15,7 @@ export function mountPlayer() {
 		playsinline: true,
 		preload: "auto",
 		tabindex: "0",
-		"aria-label": "The video; arrow keys show it frame by frame",
+		"aria-label": "The video; arrow keys show it frame by frame"
 	});
 	video.muted = true;
 	const other = h("video", {
@@ -23,7 +23,7 @@ export function mountPlayer() {
 		loop: true,
 		muted: true,
 		playsinline: true,
-		"aria-label": "The video to compare with",
+		"aria-label": "The video to compare with"
 	});
 	other.muted = true;
 	const wipe = h("input", {
@@ -32,32 +32,34 @@ export function mountPlayer() {
 		min: 0,
 		max: 100,
 		value: 50,
-		"aria-label": "Where one video ends and the other begins",
+		"aria-label": "Where one video ends and the other begins"
 	});
-	const views = h("div", { class: "views" }, video, other, wipe);
+	const left = h("span", {class: "half"});
+	const right = h("span", {class: "half right"});
+	const views = h("div", {class: "views"}, video, other, left, right, wipe);
 	const play = iconButton("play", "Play or pause", () => toggle());
-	const scrub = h("input", { type: "range", class: "grow", min: 0, step: 1, "aria-label": "Frame" });
-	const place = h("output", { class: "place" });
+	const scrub = h("input", {type: "range", class: "grow", min: 0, step: 1, "aria-label": "Frame"});
+	const place = h("output", {class: "place"});
 	const use = select(
 		[
 			["", "use this frame as"],
 			["0", "start"],
 			[String(LAST), "end"],
-			["key", "keyframe"],
+			["key", "keyframe"]
 		],
-		{ "aria-label": "Use this frame in the next video" },
+		{"aria-label": "Use this frame in the next video"}
 	);
 	const controls = h(
 		"div",
-		{ class: "row controls" },
+		{class: "row controls"},
 		play,
 		iconButton("back", "Frame before", () => step(-1)),
 		iconButton("forward", "Next frame", () => step(1)),
 		scrub,
 		place,
-		use,
+		use
 	);
-	const node = h("div", { class: "player" }, views, controls);
+	const node = h("div", {class: "player"}, views, controls);
 	const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
 	let shown = null;
 
@@ -92,7 +94,7 @@ export function mountPlayer() {
 		if (!video.paused && !node.hidden)
 			(video.requestVideoFrameCallback ?? requestAnimationFrame).call(
 				video.requestVideoFrameCallback ? video : window,
-				follow,
+				follow
 			);
 	}
 
@@ -110,7 +112,7 @@ export function mountPlayer() {
 	}
 	video.addEventListener("click", toggle);
 	video.addEventListener("keydown", (event) => {
-		const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+		const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
 		if (by !== undefined) step(by);
 		else if (event.key === " ") toggle();
 		else return;
@@ -133,9 +135,11 @@ export function mountPlayer() {
 		const second = store.get().videos.get(store.get().compared);
 		const isCompared = second !== undefined && second.id !== next.id && second.status === "completed";
 		show(other, isCompared);
-		show(wipe, isCompared);
+		for (const part of [wipe, left, right]) show(part, isCompared);
 		if (isCompared) {
 			showSigned(other, second, "url");
+			setText(left, `seed ${next.seed}`);
+			setText(right, `seed ${second.seed}`);
 			other.currentTime = video.currentTime;
 			if (!video.paused) other.play().catch(() => {});
 		} else other.pause();

@@ -1,96 +1,95 @@
 /** The queue: what is made, what waits, and what failed. The same rows in every tab of every browser. */
 
-import { call } from "./api.js";
-import { button, count, h, iconButton, setText, show, syncList } from "./dom.js";
-import { imageUrl, showImage, thumbnailPath } from "./images.js";
-import { cancelVideo, deleteVideos, describeStage, editVideo, retryVideo, selectVideo } from "./jobs.js";
-import { findActive, findFailed, store } from "./state.js";
-import { loadPlaces, showError } from "./sync.js";
+import {call} from "./api.js";
+import {button, count, h, iconButton, setText, show, syncList, titleOf} from "./dom.js";
+import {imageUrl, showImage, thumbnailPath} from "./images.js";
+import {cancelVideo, deleteVideos, describeStage, editVideo, retryVideo} from "./jobs.js";
+import {findActive, findFailed, store} from "./state.js";
+import {selectVideo} from "./tabs.js";
+import {loadPlaces, showError} from "./sync.js";
 
 const MOST_FAILED = 20;
 let dragged = null;
 
 /** Builds the queue. */
 export function mountQueue(root) {
-	const list = h("ol", { class: "rows" });
-	const failed = h("ol", { class: "rows" });
-	const none = h("p", { class: "hint" }, "Nothing waits.");
+	const list = h("ol", {class: "rows"});
+	const failed = h("ol", {class: "rows"});
+	const none = h("p", {class: "hint"}, "Nothing waits.");
 	const pause = button(
 		"",
 		() => {
-			const { paused } = store.get().queue;
+			const {paused} = store.get().queue;
 			call("POST", `/v1/queue/${paused ? "resume" : "pause"}`)
-				.then((queue) => store.set({ queue }))
+				.then((queue) => store.set({queue}))
 				.catch(showError);
 		},
-		{ class: "small" },
+		{class: "small"}
 	);
 	const heading = h("h2", {}, "Queue");
-	const failedHeading = h(
-		"div",
-		{ class: "row between" },
-		h("h3", {}, "Not made"),
-		button("Clear", () => deleteVideos(findFailed(store.get())), { class: "small quiet" }),
-	);
-	root.append(h("div", { class: "row between" }, heading, pause), none, list, failedHeading, failed);
+	const summary = h("summary", {});
+	const clear = button("Clear", () => deleteVideos(findFailed(store.get())), {class: "small quiet"});
+	const notMade = h("details", {}, summary, failed, clear);
+	root.append(h("div", {class: "row between"}, heading, pause), none, list, notMade);
 	store.subscribe(["videos", "queue", "system"], (state) => {
 		const active = findActive(state);
 		const lost = findFailed(state).slice(0, MOST_FAILED);
 		setText(heading, active.length > 0 ? `Queue · ${active.length}` : "Queue");
-		setText(pause, state.queue.paused ? "Go on" : "Pause");
+		setText(pause, state.queue.paused ? "Resume" : "Pause");
 		show(pause, state.system?.is_admin !== false && (active.length > 0 || state.queue.paused));
 		show(none, active.length === 0);
-		show(failedHeading, lost.length > 0);
+		show(notMade, lost.length > 0);
+		setText(summary, `Not made · ${lost.length}`);
 		syncList(
 			list,
 			active,
 			(video) => video.id,
 			createRow,
-			(row, video) => row.update(video, active),
+			(row, video) => row.update(video, active)
 		);
 		syncList(
 			failed,
 			lost,
 			(video) => video.id,
 			createFailed,
-			(row, video) => row.update(video),
+			(row, video) => row.update(video)
 		);
 		root.classList.toggle("nothing", active.length === 0 && lost.length === 0);
 	});
 }
 
-function createRow({ id }) {
-	const image = h("img", { alt: "" });
-	const prompt = h("span", { class: "one-line" });
-	const stage = h("span", { class: "hint one-line" });
-	const bar = h("progress", { max: 100, "aria-label": "Progress" });
+function createRow({id}) {
+	const image = h("img", {alt: ""});
+	const prompt = h("span", {class: "one-line"});
+	const stage = h("span", {class: "hint one-line"});
+	const bar = h("progress", {max: 100, "aria-label": "Progress"});
 	const open = h(
 		"button",
-		{ type: "button", class: "open", onclick: () => selectVideo(id) },
+		{type: "button", class: "open", onclick: () => selectVideo(id)},
 		image,
-		h("span", { class: "text" }, prompt, stage, bar),
+		h("span", {class: "text"}, prompt, stage, bar)
 	);
 	const up = iconButton("up", "Move up", () => moveBy(id, -1));
 	const down = iconButton("down", "Move down", () => moveBy(id, 1));
 	const others = button("Only this", () => cancelOthers(id), {
 		class: "small quiet",
-		title: "Cancel all others that wait",
+		title: "Cancel all others that wait"
 	});
 	const row = h(
 		"li",
-		{ class: "video" },
+		{class: "video"},
 		open,
 		up,
 		down,
 		others,
-		iconButton("close", "Cancel", () => cancelVideo(id)),
+		iconButton("close", "Cancel", () => cancelVideo(id))
 	);
 	makeDraggable(row, id);
 	let preview = null;
 	row.update = (video, active) => {
 		const isWaiting = video.status === "queued";
 		const waiting = active.filter((other) => other.status === "queued");
-		setText(prompt, video.prompt);
+		setText(prompt, titleOf(video));
 		setText(stage, describeStage(video));
 		show(bar, !isWaiting);
 		bar.value = video.progress;
@@ -113,25 +112,25 @@ function createRow({ id }) {
 	return row;
 }
 
-function createFailed({ id }) {
-	const prompt = h("span", { class: "one-line" });
-	const reason = h("span", { class: "hint" });
+function createFailed({id}) {
+	const prompt = h("span", {class: "one-line"});
+	const reason = h("span", {class: "hint"});
 	const find = () => store.get().videos.get(id);
 	const row = h(
 		"li",
-		{ class: "video failed" },
+		{class: "video failed"},
 		h(
 			"button",
-			{ type: "button", class: "open", onclick: () => selectVideo(id) },
-			h("span", { class: "text" }, prompt, reason),
+			{type: "button", class: "open", onclick: () => selectVideo(id)},
+			h("span", {class: "text"}, prompt, reason)
 		),
-		button("Again", () => retryVideo(find()), { class: "small" }),
-		button("Edit", () => editVideo(find()), { class: "small" }),
-		iconButton("trash", "Delete", () => deleteVideos([find()])),
+		button("Again", () => retryVideo(find()), {class: "small"}),
+		button("Edit", () => editVideo(find()), {class: "small"}),
+		iconButton("trash", "Delete", () => deleteVideos([find()]))
 	);
 	row.update = (video) => {
 		row.classList.toggle("cancelled", video.error?.code === "cancelled");
-		setText(prompt, video.prompt);
+		setText(prompt, titleOf(video));
 		setText(reason, describeStage(video));
 	};
 	return row;
@@ -151,7 +150,7 @@ function moveBy(id, by) {
 
 function move(id, before) {
 	if (before === id) return;
-	call("POST", `/v1/videos/${id}/move`, { body: before === null ? {} : { before } })
+	call("POST", `/v1/videos/${id}/move`, {body: before === null ? {} : {before}})
 		.then(loadPlaces)
 		.catch(showError);
 }
@@ -183,6 +182,6 @@ function makeDraggable(row, id) {
 /** Returns what the queue holds, in a few words. */
 export function describeQueue(state) {
 	const number = findActive(state).length;
-	if (state.queue.paused) return number > 0 ? `paused, ${number} wait` : "paused";
+	if (state.queue.paused) return number > 0 ? `${number} in the queue, paused` : "queue paused";
 	return number === 0 ? "queue empty" : `${count(number, "video").replace(/ videos?$/, "")} in the queue`;
 }

@@ -11,7 +11,7 @@ export const ASPECTS = {
 	"1:1": 1,
 	"3:4": 3 / 4,
 	"2:3": 2 / 3,
-	"9:16": 9 / 16,
+	"9:16": 9 / 16
 };
 /** Shares of the recipe's pixels that the composer offers. */
 export const BUDGETS = [0.25, 0.5, 1, 1.5, 2];
@@ -34,7 +34,7 @@ export function sizeFor(aspect, area) {
 }
 
 /** Returns the field `size` of a draft, or null for that of the recipe. */
-export function findSize({ aspect, area, size }, model) {
+export function findSize({aspect, area, size}, model) {
 	if (aspect === "own") return size;
 	if (aspect === "image") return "auto";
 	if (aspect === "recipe" && area === null) return null;

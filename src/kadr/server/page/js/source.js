@@ -1,14 +1,14 @@
 /** The video that this one is made from, and the clip that it follows; shown where there is one. */
 
-import { h, iconButton, select, setText, setValue, show } from "./dom.js";
-import { draft, setDraft } from "./draft.js";
-import { showImage, thumbnailPath } from "./images.js";
+import {h, iconButton, select, setText, setValue, show} from "./dom.js";
+import {draft, setDraft} from "./draft.js";
+import {showImage, thumbnailPath} from "./images.js";
 
 const KINDS = [
 	["ready", "follow as it is"],
 	["canny", "follow its edges"],
 	["depth", "follow its depth"],
-	["pose", "follow its poses"],
+	["pose", "follow its poses"]
 ];
 
 /** Builds both rows. */
@@ -17,15 +17,15 @@ export function mountSource(root) {
 }
 
 function row(name, text, field) {
-	const image = h("img", { alt: "" });
-	const label = h("span", { class: "grow" });
+	const image = h("img", {alt: ""});
+	const label = h("span", {class: "grow"});
 	const node = h(
 		"div",
-		{ class: "row medium" },
+		{class: "row medium"},
 		image,
 		label,
 		field,
-		iconButton("close", `Remove the video that this one ${text.toLowerCase()}`, () => setDraft({ [name]: null })),
+		iconButton("close", `Remove the video that this one ${text.toLowerCase()}`, () => setDraft({[name]: null}))
 	);
 	draft.subscribe([name], (state) => {
 		const medium = state[name];
@@ -47,10 +47,10 @@ function strengthField() {
 		step: 0.05,
 		"aria-label": "How much of it changes",
 		title: "How much of it changes",
-		oninput: () => setDraft({ source: { ...draft.get().source, strength: Number(range.value) } }),
+		oninput: () => setDraft({source: {...draft.get().source, strength: Number(range.value)}})
 	});
-	const node = h("span", { class: "row" }, range, output);
-	node.update = ({ strength }) => {
+	const node = h("span", {class: "row"}, range, output);
+	node.update = ({strength}) => {
 		setValue(range, strength);
 		setText(output, `${Math.round(100 * strength)} % changes`);
 	};
@@ -60,8 +60,8 @@ function strengthField() {
 function kindField() {
 	const node = select(KINDS, {
 		"aria-label": "What of the clip is followed",
-		onchange: () => setDraft({ control: { ...draft.get().control, controlKind: node.value } }),
+		onchange: () => setDraft({control: {...draft.get().control, controlKind: node.value}})
 	});
-	node.update = ({ controlKind }) => setValue(node, controlKind);
+	node.update = ({controlKind}) => setValue(node, controlKind);
 	return node;
 }

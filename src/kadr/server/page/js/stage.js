@@ -1,23 +1,23 @@
 /** The stage: the video that is selected, or its preview while it is made. */
 
-import { call } from "./api.js";
-import { announce, button, formatTime, h, iconButton, setText, show } from "./dom.js";
-import { imageUrl } from "./images.js";
-import { describeStage, retryVideo } from "./jobs.js";
-import { mountPlayer } from "./player.js";
-import { mountPanel } from "./panel.js";
-import { isEmptyServer } from "./welcome.js";
-import { showError } from "./sync.js";
-import { findActive, store } from "./state.js";
+import {call} from "./api.js";
+import {announce, button, formatTime, h, iconButton, setText, show} from "./dom.js";
+import {imageUrl} from "./images.js";
+import {describeStage, editVideo, retryVideo} from "./jobs.js";
+import {mountPlayer} from "./player.js";
+import {mountPanel} from "./panel.js";
+import {isEmptyServer} from "./welcome.js";
+import {showError} from "./sync.js";
+import {findActive, store} from "./state.js";
 
 /** Builds the stage. */
 export function mountStage(root) {
-	const empty = h("div", { class: "empty" });
+	const empty = h("div", {class: "empty"});
 	const work = mountWork();
 	const player = mountPlayer();
-	const failure = h("div", { class: "empty" });
+	const failure = h("div", {class: "empty"});
 	const panel = mountPanel();
-	root.append(h("div", { class: "screen" }, empty, work, player, failure), panel);
+	root.append(h("div", {class: "screen"}, empty, work, player, failure), panel);
 	store.subscribe(["selected", "videos", "gallery", "connection", "compared"], () => {
 		const video = findSelected();
 		const status = video?.status ?? "none";
@@ -37,8 +37,8 @@ export function mountStage(root) {
 
 /** Returns the video on the stage: the one that is selected, else one that is made, else the newest. */
 function findSelected() {
-	const { selected, videos, gallery } = store.get();
-	if (selected !== null && videos.has(selected)) return videos.get(selected);
+	const {selected, videos, gallery} = store.get();
+	if (videos.has(selected)) return videos.get(selected);
 	const [active] = findActive(store.get()).filter((video) => video.status === "in_progress");
 	return active ?? videos.get(gallery.ids[0]) ?? null;
 }
@@ -62,22 +62,25 @@ function showFailure(node, video) {
 		h("p", {}, isCancelled ? "" : (video.error?.message ?? "")),
 		h(
 			"div",
-			{ class: "row" },
-			button(isCancelled ? "Make it after all" : "Try again", () => retryVideo(video), { class: "main" }),
-		),
+			{class: "row"},
+			isCancelled ? null : button("Change its settings", () => editVideo(video), {class: "main"}),
+			button(isCancelled ? "Make it after all" : "Try again", () => retryVideo(video), {
+				class: isCancelled ? "main" : ""
+			})
+		)
 	);
 }
 
 /** Builds what is shown while a video waits or is made. */
 function mountWork() {
-	const image = h("img", { class: "view", alt: "Preview of the video" });
-	const still = matchMedia("(prefers-reduced-motion: reduce)").matches ? h("canvas", { class: "view" }) : null;
-	const bar = h("progress", { max: 100, "aria-label": "Progress" });
+	const image = h("img", {class: "view", alt: "Preview of the video"});
+	const still = matchMedia("(prefers-reduced-motion: reduce)").matches ? h("canvas", {class: "view"}) : null;
+	const bar = h("progress", {max: 100, "aria-label": "Progress"});
 	const line = h("p", {});
 	const cancel = iconButton("close", "Cancel this video", () => {
 		call("POST", `/v1/videos/${shown}/cancel`).catch(showError);
 	});
-	const node = h("div", { class: "work" }, still ?? image, h("div", { class: "row status" }, line, bar, cancel));
+	const node = h("div", {class: "work"}, still ?? image, h("div", {class: "row status"}, line, bar, cancel));
 	let shown = null;
 	let preview = null;
 	let tenth = 0;
@@ -119,6 +122,6 @@ function mountWork() {
 /** Draws the first frame of a moving image, for those who do not want motion. */
 async function drawStill(canvas, url) {
 	const bitmap = await createImageBitmap(await (await fetch(url)).blob());
-	Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
+	Object.assign(canvas, {width: bitmap.width, height: bitmap.height});
 	canvas.getContext("2d").drawImage(bitmap, 0, 0);
 }

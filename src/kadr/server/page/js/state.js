@@ -15,7 +15,7 @@ export function createStore(initial) {
 		set(patch) {
 			const keys = Object.keys(patch).filter((key) => !Object.is(state[key], patch[key]));
 			if (keys.length === 0) return;
-			state = { ...state, ...patch };
+			state = {...state, ...patch};
 			if (changed === null) {
 				changed = new Set();
 				queueMicrotask(flush);
@@ -24,11 +24,13 @@ export function createStore(initial) {
 		},
 		/** Calls run(state) now, and whenever one of the keys has changed. */
 		subscribe(keys, run) {
-			listeners.add({ keys, run });
+			listeners.add({keys, run});
 			run(state);
-		},
+		}
 	};
 }
+
+const SELECTED = "kadr.selected";
 
 /**
  * videos: id -> video, as `GET /v1/videos/ID` shows it, and `previewed`, the number of its newest preview.
@@ -38,34 +40,36 @@ export function createStore(initial) {
  */
 export const store = createStore({
 	videos: new Map(),
-	queue: { paused: false, problem: null },
+	queue: {paused: false, problem: null},
 	system: null,
 	models: [],
 	model: null,
 	loras: [],
-	selected: null,
+	selected: sessionStorage.getItem(SELECTED),
 	compared: null,
-	gallery: { ids: [], hasMore: false, isLoading: true, query: "", favorite: false },
+	gallery: {ids: [], hasMore: false, isLoading: true, query: "", favorite: false},
 	connection: "starting",
 	isTokenAsked: false,
-	plan: null,
+	plan: null
 });
+
+store.subscribe(["selected"], ({selected}) => sessionStorage.setItem(SELECTED, selected ?? ""));
 
 /** Takes a video as the server shows it, unless a newer state of it is known. */
 export function putVideos(list) {
 	const videos = new Map(store.get().videos);
 	for (const video of list) {
 		const known = videos.get(video.id);
-		if (known === undefined || video.seq >= known.seq) videos.set(video.id, { ...known, ...video });
+		if (known === undefined || video.seq >= known.seq) videos.set(video.id, {...known, ...video});
 	}
-	store.set({ videos });
+	store.set({videos});
 }
 
 /** Changes fields of a video that is known, by an event that is not older than what is known. */
 export function patchVideo(id, seq, patch) {
 	const known = store.get().videos.get(id);
 	if (known === undefined || seq < known.seq) return;
-	store.set({ videos: new Map(store.get().videos).set(id, { ...known, ...patch, seq }) });
+	store.set({videos: new Map(store.get().videos).set(id, {...known, ...patch, seq})});
 }
 
 /** Forgets a video. */
@@ -73,19 +77,19 @@ export function dropVideo(id) {
 	const state = store.get();
 	const videos = new Map(state.videos);
 	videos.delete(id);
-	const gallery = { ...state.gallery, ids: state.gallery.ids.filter((other) => other !== id) };
+	const gallery = {...state.gallery, ids: state.gallery.ids.filter((other) => other !== id)};
 	const gone = (other) => (other === id ? null : other);
-	store.set({ videos, gallery, selected: gone(state.selected), compared: gone(state.compared) });
+	store.set({videos, gallery, selected: gone(state.selected), compared: gone(state.compared)});
 }
 
 /** Returns videos that are not finished, in the order in which they are made. */
-export function findActive({ videos }) {
+export function findActive({videos}) {
 	const active = [...videos.values()].filter((video) => ["in_progress", "queued"].includes(video.status));
 	const place = (video) => (video.status === "in_progress" ? 0 : (video.queue_position ?? 1e9));
 	return active.sort((a, b) => place(a) - place(b) || a.created_at - b.created_at);
 }
 
 /** Returns videos that failed or were cancelled, newest first. */
-export function findFailed({ videos }) {
+export function findFailed({videos}) {
 	return [...videos.values()].filter((video) => video.status === "failed").sort((a, b) => b.created_at - a.created_at);
 }

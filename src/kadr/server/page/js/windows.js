@@ -12,7 +12,7 @@ export function snapFrames(frames) {
 
 /** Returns the frames, and frames per second, of a draft: its own, or those of the model's recipe. */
 export function lengthOf(draft, model) {
-	return { frames: draft.frames ?? model?.recipe?.frames ?? 121, fps: draft.fps ?? model?.recipe?.fps ?? 24 };
+	return {frames: draft.frames ?? model?.recipe?.frames ?? 121, fps: draft.fps ?? model?.recipe?.fps ?? 24};
 }
 
 /**
@@ -22,7 +22,7 @@ export function lengthOf(draft, model) {
  * last one that has a prompt of its own.
  */
 export function windowsOf(draft, model) {
-	const { frames } = lengthOf(draft, model);
+	const {frames} = lengthOf(draft, model);
 	const chosen = draft.more.windowed;
 	const recipe = model?.recipe?.frames ?? 121;
 	const isWindowed = chosen === undefined ? draft.parts.length > 0 || frames > AUTOMATIC * recipe : chosen === "true";
@@ -32,7 +32,7 @@ export function windowsOf(draft, model) {
 	if (own("window_frames")) settings.frames = own("window_frames");
 	if (own("window_overlap")) settings.overlap = own("window_overlap");
 	const spans = findSpans(frames, settings.frames ?? recipe, settings.overlap);
-	return { spans, settings, prompts: listPrompts(draft, spans.length) };
+	return {spans, settings, prompts: listPrompts(draft, spans.length)};
 }
 
 function findSpans(frames, windowFrames, ownOverlap) {
@@ -49,13 +49,13 @@ function findSpans(frames, windowFrames, ownOverlap) {
 	return spans;
 }
 
-function listPrompts({ prompt, parts }, numWindows) {
+function listPrompts({prompt, parts}, numWindows) {
 	if (parts.length === 0) return [prompt];
 	const usable = parts.filter((part) => part.window < numWindows);
 	const prompts = [];
 	let text = prompt;
 	for (let window = 0; window <= (usable.at(-1)?.window ?? 0); window += 1) {
-		text = usable.find((part) => part.window === window)?.prompt ?? text;
+		text = usable.find((part) => part.window === window)?.prompt.trim() || text; // one that is still empty goes on as before
 		prompts.push(text.replaceAll("|", " ").trim());
 	}
 	return prompts;
@@ -64,6 +64,6 @@ function listPrompts({ prompt, parts }, numWindows) {
 /** Returns parts from the prompts of all windows, one after the other: equal neighbours are one. */
 export function partsOf(prompts) {
 	return prompts
-		.map((prompt, window) => ({ key: window, prompt, window }))
-		.filter(({ prompt, window }) => window > 0 && prompt !== prompts[window - 1]);
+		.map((prompt, window) => ({key: window, prompt, window}))
+		.filter(({prompt, window}) => window > 0 && prompt !== prompts[window - 1]);
 }
