@@ -42,6 +42,7 @@ def busy(tab: Tab, server: ServerProcess) -> None:
     with server.client() as client:
         for seed in range(3):
             create_video(client, size="128x128", num_frames=49, num_inference_steps=250, seed=seed)
+    tab.page.locator("#queue .video .open").first.evaluate("(node) => node.click()")
     expect(tab.page.locator(".work.previewed")).to_be_visible()
     tab.page.wait_for_function("() => document.querySelector('.work progress').value > 45")
 

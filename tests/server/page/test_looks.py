@@ -103,6 +103,7 @@ def test_phone_shows_everything_without_scrolling_sideways(full_server: ServerPr
 def test_gallery_of_500_videos_scrolls_without_a_long_frame(full_server: ServerProcess, open_tab: OpenTab) -> None:
     tab = open_tab(full_server)
     expect(tab.page.locator(".tile").first).to_be_visible()
+    tab.page.wait_for_timeout(1000)  # until the page has settled
     longest: list[float] = []
     for _ in range(ATTEMPTS):
         tab.page.locator("#side").evaluate("(side) => { side.scrollTop = 0; }")

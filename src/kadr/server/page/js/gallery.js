@@ -8,6 +8,7 @@ import {selectVideo} from "./tabs.js";
 import {loadMore, searchGallery} from "./sync.js";
 
 const HOVER_MS = 120;
+const AT_ONCE = 8; // tiles that are built in a frame: more would stop the scrolling
 const NEAR_PIXELS = 900; // from the end of the list: time to load more
 const chosen = new Set();
 
@@ -45,7 +46,9 @@ export function mountGallery(root) {
 	function update() {
 		const {gallery, videos, selected} = store.get();
 		stars.setAttribute("aria-pressed", String(gallery.favorite));
-		const shown = gallery.ids.map((id) => videos.get(id)).filter(Boolean);
+		const all = gallery.ids.map((id) => videos.get(id)).filter(Boolean);
+		const shown = all.slice(0, list.children.length + AT_ONCE);
+		if (shown.length < all.length) requestAnimationFrame(update);
 		syncList(
 			list,
 			shown,
