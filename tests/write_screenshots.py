@@ -89,6 +89,7 @@ def take(browser: Browser, server: ServerProcess, state: State, folder: Path) ->
             tab = Tab(context.new_page(), server.address).open()
             tab.page.wait_for_timeout(500)
             state(tab, server)
+            tab.evaluate("() => document.querySelectorAll('.toast').forEach((toast) => toast.remove())")
             tab.page.screenshot(path=folder / f"{state.__name__}-{name}-{scheme}.png")
             with server.client() as client:
                 for video in client.get("/v1/videos", params={"limit": 100}).json()["data"]:
