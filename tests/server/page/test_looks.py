@@ -18,7 +18,7 @@ from tests.server.test_clients import NODE_MODULES
 AXE = NODE_MODULES / "axe-core" / "axe.min.js"
 NUM_VIDEOS = 500
 LONGEST_FRAME_MS = 50
-ATTEMPTS = 3  # a frame that is long each time is the page's own doing; another one is the machine's
+ATTEMPTS = 3  # what is slow each time is the page's own doing; else it is the machine's
 SCROLL = """async () => {
     const side = document.getElementById('side');
     const lengths = [];
@@ -135,10 +135,15 @@ def test_first_paint_takes_at_most_three_times_that_of_an_empty_page(server: Ser
 
     for path in ("/", "/health/alive"):  # nothing is loaded for the first time after this
         first_paint(path)
-    pairs = [(first_paint("/"), first_paint("/health/alive")) for _ in range(5)]
-    page, empty = (statistics.median(values) for values in zip(*pairs, strict=True))
-    print(f"first paint: {page:.0f} ms, of an empty page {empty:.0f} ms")
-    assert page <= 3 * empty
+    ratios: list[float] = []
+    for _ in range(ATTEMPTS):  # a machine that is busy with other tests slows one page and not the other
+        pairs = [(first_paint("/"), first_paint("/health/alive")) for _ in range(5)]
+        page, empty = (statistics.median(values) for values in zip(*pairs, strict=True))
+        print(f"first paint: {page:.0f} ms, of an empty page {empty:.0f} ms")
+        ratios.append(page / empty)
+        if ratios[-1] <= 3:
+            break
+    assert min(ratios) <= 3
 
 
 def test_video_is_made_with_the_keyboard_alone(server: ServerProcess, open_tab: OpenTab) -> None:

@@ -8,7 +8,7 @@ import {selectVideo} from "./tabs.js";
 import {loadMore, searchGallery} from "./sync.js";
 
 const HOVER_MS = 120;
-const AT_ONCE = 8; // tiles that are built in a frame: more would stop the scrolling
+const AT_ONCE = 3; // tiles that are built in a frame: more would stop the scrolling
 const NEAR_PIXELS = 900; // from the end of the list: time to load more
 const chosen = new Set();
 

@@ -7,7 +7,7 @@ import {announce, debounce, titleOf} from "./dom.js";
 import {toast} from "./toast.js";
 import {dropVideo, findActive, patchVideo, putVideos, store} from "./state.js";
 
-const PAGE = 30;
+const PAGE = 20;
 const SYSTEM_MS = 5000;
 let reconnect = () => {};
 
