@@ -6,7 +6,7 @@ const TOKEN = "kadr.token";
 const HEX = Array.from({length: 256}, (_, byte) => byte.toString(16).padStart(2, "0"));
 
 /** An error of the API. status: 0 where the server could not be reached. code, param: as the API has them. */
-export class ApiError extends Error {
+class ApiError extends Error {
 	constructor(status, error = {}, retryAfter = null) {
 		super(error.message ?? (status === 0 ? "The server cannot be reached." : `The server answered ${status}.`));
 		Object.assign(this, {status, code: error.code, param: error.param, retryAfter});

@@ -135,7 +135,7 @@ function asObject(guidance) {
 }
 
 /** Returns a number, or the text itself where it is none: the server says what is wrong with it. */
-export function readNumber(text) {
+function readNumber(text) {
 	const number = Number(String(text).replace(",", "."));
 	return String(text).trim() === "" || Number.isNaN(number) ? text : number;
 }

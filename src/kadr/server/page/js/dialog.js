@@ -12,7 +12,7 @@ export function ask(text, choices) {
 }
 
 /** Opens a dialog, and returns the value that it is closed with. */
-export function openDialog(dialog) {
+function openDialog(dialog) {
 	document.body.append(dialog);
 	dialog.showModal();
 	return new Promise((resolve) => {

@@ -13,7 +13,7 @@ export function h(tag, props = {}, ...children) {
 }
 
 /** Sets an attribute, a listener, or the property that a field shows. */
-export function setProp(node, name, value) {
+function setProp(node, name, value) {
 	if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
 	else if (name === "value" || name === "checked") node[name] = value;
 	else if (value === false || value === null || value === undefined) node.removeAttribute(name);

@@ -35,6 +35,12 @@ export function thumbnailPath(reference, frame = 0) {
 	return `/v1/thumbnails/${reference}${frame > 0 ? `?frame=${frame}` : ""}`;
 }
 
+/** Returns the path of the newest preview of a video, another one for each; null where there is none. */
+export function previewPath({id, previewed, preview_url}) {
+	const newest = previewed ?? (preview_url ? 0 : null);
+	return newest === null ? null : `/v1/videos/${id}/preview?of=${newest}`;
+}
+
 /** Shows a signed file of a video in an <img> or <video>. A signature that has expired is replaced, once. */
 export function showSigned(node, video, field) {
 	const source = `${video.id}.${field}`;

@@ -1,6 +1,6 @@
 /** What can be done with a video, from the stage, the queue and the gallery alike. */
 
-import {call, randomSeed} from "./api.js";
+import {call, local, randomSeed} from "./api.js";
 import {ask} from "./dialog.js";
 import {count, formatTime, titleOf} from "./dom.js";
 import {submit} from "./make.js";
@@ -100,7 +100,7 @@ export async function deleteVideos(list) {
 /** Downloads the file of a video. */
 export function downloadVideo(video) {
 	const link = document.createElement("a");
-	link.href = new URL(video.url).pathname + new URL(video.url).search;
+	link.href = local(video.url);
 	link.download = `${
 		video.prompt
 			.replace(/[^\p{L}\p{N}]+/gu, "-")

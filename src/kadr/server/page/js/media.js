@@ -46,7 +46,7 @@ export async function takeFiles(files, frame = null) {
 }
 
 /** Puts a medium on the timeline, and says where. */
-export function placeMedium(medium, frame = null) {
+function placeMedium(medium, frame = null) {
 	const place = frame ?? findRoom();
 	const {keyframes, aspect, area} = draft.get();
 	const fits = medium.kind === "image" && keyframes.length === 0 && aspect === "recipe" && area === null;
@@ -126,7 +126,7 @@ function findRoom() {
 }
 
 /** Shortens a name to what fits a line. */
-export function shorten(name) {
+function shorten(name) {
 	return name.length <= MAX_NAME ? name : `${name.slice(0, MAX_NAME - 1)}…`;
 }
 

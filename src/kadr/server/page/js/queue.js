@@ -2,7 +2,7 @@
 
 import {call} from "./api.js";
 import {button, count, h, iconButton, setText, show, syncList, titleOf} from "./dom.js";
-import {imageUrl, showImage, thumbnailPath} from "./images.js";
+import {previewPath, showImage, thumbnailPath} from "./images.js";
 import {cancelVideo, deleteVideos, describeStage, editVideo, retryVideo} from "./jobs.js";
 import {findActive, findFailed, store} from "./state.js";
 import {selectVideo} from "./tabs.js";
@@ -85,7 +85,6 @@ function createRow({id}) {
 		iconButton("close", "Cancel", () => cancelVideo(id))
 	);
 	makeDraggable(row, id);
-	let preview = null;
 	row.update = (video, active) => {
 		const isWaiting = video.status === "queued";
 		const waiting = active.filter((other) => other.status === "queued");
@@ -99,15 +98,9 @@ function createRow({id}) {
 		up.disabled = waiting[0]?.id === id;
 		down.disabled = waiting.at(-1)?.id === id;
 		show(others, waiting.filter((other) => other.id !== id).length > 0);
-		const newest = video.previewed ?? (video.preview_url ? 0 : null);
-		if (newest !== null && newest !== preview) {
-			preview = newest;
-			imageUrl(`/v1/videos/${id}/preview?of=${newest}`)
-				.then((url) => (image.src = url))
-				.catch(() => {});
-		} else if (preview === null && (video.request.conditions?.length || video.request.input_video)) {
-			showImage(image, thumbnailPath(`${id}/0`));
-		}
+		const preview = previewPath(video);
+		if (preview !== null) showImage(image, preview);
+		else if (video.request.conditions?.length || video.request.input_video) showImage(image, thumbnailPath(`${id}/0`));
 	};
 	return row;
 }

@@ -1,13 +1,11 @@
 /** The stage: the video that is selected, or its preview while it is made. */
 
-import {call} from "./api.js";
 import {announce, button, formatTime, h, iconButton, setText, show} from "./dom.js";
-import {imageUrl} from "./images.js";
-import {describeStage, editVideo, retryVideo} from "./jobs.js";
+import {imageUrl, previewPath} from "./images.js";
+import {cancelVideo, describeStage, editVideo, retryVideo} from "./jobs.js";
 import {mountPlayer} from "./player.js";
 import {mountPanel} from "./panel.js";
 import {isEmptyServer} from "./welcome.js";
-import {showError} from "./sync.js";
 import {findActive, store} from "./state.js";
 
 /** Builds the stage. */
@@ -77,9 +75,7 @@ function mountWork() {
 	const still = matchMedia("(prefers-reduced-motion: reduce)").matches ? h("canvas", {class: "view"}) : null;
 	const bar = h("progress", {max: 100, "aria-label": "Progress"});
 	const line = h("p", {});
-	const cancel = iconButton("close", "Cancel this video", () => {
-		call("POST", `/v1/videos/${shown}/cancel`).catch(showError);
-	});
+	const cancel = iconButton("close", "Cancel this video", () => cancelVideo(shown));
 	const node = h("div", {class: "work"}, still ?? image, h("div", {class: "row status"}, line, bar, cancel));
 	let shown = null;
 	let preview = null;
@@ -97,21 +93,21 @@ function mountWork() {
 			tenth = Math.floor(video.progress / 10);
 			announce(`${describeStage(video)}, ${10 * tenth} percent`);
 		}
-		const newest = video.previewed ?? (video.preview_url ? 0 : null);
+		const newest = previewPath(video);
 		if (newest !== null && newest !== preview) {
 			preview = newest;
-			showPreview(video.id, newest);
+			showPreview(newest);
 		}
 	};
 
-	async function showPreview(id, number) {
+	async function showPreview(path) {
 		try {
-			const url = await imageUrl(`/v1/videos/${id}/preview?of=${number}`);
-			if (id !== shown || number !== preview) return;
+			const url = await imageUrl(path);
+			if (path !== preview) return;
 			if (still === null) image.src = url;
 			else await drawStill(still, url);
 			node.classList.add("previewed");
-			node.dataset.preview = number;
+			node.dataset.preview = path.split("=")[1];
 		} catch {
 			// the video is finished, and its preview gone
 		}

@@ -6,7 +6,7 @@ const DEFAULT_OVERLAP = 24;
 const AUTOMATIC = 2.2; // times the recipe's length: models were trained with up to about twice of it
 
 /** Rounds a number of frames up to the form 8k+1. */
-export function snapFrames(frames) {
+function snapFrames(frames) {
 	return Math.ceil((frames - 1) / STEP) * STEP + 1;
 }
 
