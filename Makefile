@@ -69,9 +69,12 @@ demo: .venv/.core  ## make out/demo.mp4 with the bundled model; no network once 
 	HF_HUB_OFFLINE=1 .venv/bin/kadr generate "a red circle moving right on a black background" --output $(DEMO) $(ARGS)
 	@test -s $(DEMO) && echo $(DEMO)
 
-# Two processes of one thread each: most tests are too small for two threads to help each other.
+# First the tests that measure time, one by one. Then the others in two processes of one thread each: most are too small
+# for two threads to help each other. That ARGS names no test of one kind (pytest's 5) is no failure.
 test: .venv/.test  ## the whole suite, on two cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS) -m alone || test $$? = 5
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) \
+	    || test $$? = 5
 
 fuzz: .venv/.test  ## 5,000 hostile commands, other ones each time, in about half an hour
 	KADR_FUZZ=10 OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz --numprocesses 2 $(ARGS)

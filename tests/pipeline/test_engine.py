@@ -252,6 +252,7 @@ def test_frames_written_while_decoding_equal_those_of_generate(
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
+@pytest.mark.alone
 def test_the_first_frames_are_on_disk_before_the_last_are_decoded(engine: Engine, output_folder: Path) -> None:
     sizes: dict[int, int] = {}
 

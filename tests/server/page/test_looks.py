@@ -18,7 +18,7 @@ from tests.server.test_clients import NODE_MODULES
 AXE = NODE_MODULES / "axe-core" / "axe.min.js"
 NUM_VIDEOS = 500
 LONGEST_FRAME_MS = 50
-ATTEMPTS = 3  # what is slow each time is the page's own doing; else it is the machine's
+ATTEMPTS = 5  # what is slow each time is the page's own doing; else it is the machine's
 SCROLL = """async () => {
     const side = document.getElementById('side');
     const lengths = [];
@@ -100,6 +100,7 @@ def test_phone_shows_everything_without_scrolling_sideways(full_server: ServerPr
     assert serious_findings(tab) == []
 
 
+@pytest.mark.alone
 def test_gallery_of_500_videos_scrolls_without_a_long_frame(full_server: ServerProcess, open_tab: OpenTab) -> None:
     tab = open_tab(full_server)
     expect(tab.page.locator(".tile").first).to_be_visible()
@@ -107,9 +108,8 @@ def test_gallery_of_500_videos_scrolls_without_a_long_frame(full_server: ServerP
     longest: list[float] = []
     for _ in range(ATTEMPTS):
         tab.page.locator("#side").evaluate("(side) => { side.scrollTop = 0; }")
-        lengths = tab.evaluate(SCROLL)
-        longest.append(lengths[0])
-        if lengths[0] <= LONGEST_FRAME_MS:
+        longest.append(tab.evaluate(SCROLL)[0])
+        if longest[-1] <= LONGEST_FRAME_MS:
             break
     print(f"longest frames, ms: {longest}")
     assert min(longest) <= LONGEST_FRAME_MS
@@ -123,6 +123,7 @@ def test_gallery_of_500_videos_scrolls_without_a_long_frame(full_server: ServerP
     )
 
 
+@pytest.mark.alone
 def test_first_paint_takes_at_most_three_times_that_of_an_empty_page(server: ServerProcess, browser: Browser) -> None:
     def first_paint(path: str) -> float:
         context = browser.new_context()
