@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kadr.errors import Cancelled, RequestError
+from kadr.errors import Cancelled, KadrWarning, RequestError
 from kadr.kernels import attention
 from kadr.kernels.attention import TORCH_SDPA, AttentionAutotuner, Bucket, Candidate, attend, torch_sdpa
 
@@ -282,3 +284,79 @@ def test_without_cuda_attend_equals_torch_sdpa(monkeypatch: pytest.MonkeyPatch) 
     bias = torch.randn(2, 1, 1, 70)
     assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
     assert torch.equal(attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+
+
+def refuses_long_queries(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    if q.shape[2] > 100:
+        raise RuntimeError("no engine configuration")
+    return torch_sdpa(q, k, v, bias)
+
+
+def test_torch_computes_a_later_length_that_the_choice_refuses() -> None:
+    timer = FakeTimer(picky=1.0)
+    autotuner = AttentionAutotuner([timer.candidate("picky", refuses_long_queries)], timer)
+    assert torch.equal(autotuner.run(*inputs(70)), torch_sdpa(*inputs(70)))
+    with pytest.warns(KadrWarning, match="picky.*does not compute 120 queries and 70 keys: RuntimeError: no engine"):
+        assert torch.equal(autotuner.run(*inputs(120)), torch_sdpa(*inputs(120)))
+    timer.running = ""
+    autotuner.run(*inputs(120))  # is not tried again, and said once
+    assert timer.running == ""
+    autotuner.run(*inputs(70))  # an earlier length keeps its kernel, so its video can be repeated
+    assert timer.running == "picky"
+    assert list(autotuner.choices().values()) == ["picky"]
+
+
+def test_memory_that_runs_out_at_a_later_length_changes_no_choice() -> None:
+    def runs_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        if q.shape[2] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch_sdpa(q, k, v, bias)
+
+    timer = FakeTimer(large=1.0)
+    autotuner = AttentionAutotuner([timer.candidate("large", runs_out)], timer)
+    autotuner.run(*inputs(70))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            autotuner.run(*inputs(120))
+
+
+def test_candidates_are_timed_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that are recorded on another device than the work's measure the launch alone."""
+    current = [0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.device = None
+
+        def record(self) -> None:
+            self.device = current[-1]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            assert self.device == end.device == 1
+            return 1.0
+
+    @contextmanager
+    def use_device(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", use_device)
+    autotuner = attention.autotuner_for.__wrapped__(torch.device("cuda", 1))
+    assert autotuner.measure_seconds(lambda: None) == pytest.approx(1e-3 / 20)  # 20 runs in TIMING_SECONDS
+    assert current == [0]
+
+
+def test_amd_gpus_are_not_taken_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx90a and gfx942 have the first number of Hopper, which flash attention 3 is for."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for hip, has_it in ((None, True), ("6.4", False)):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        candidates = attention.autotuner_for.__wrapped__(torch.device("cuda", 0)).candidates
+        assert ("flash 3" in [candidate.name for candidate in candidates]) is has_it

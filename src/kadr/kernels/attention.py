@@ -10,7 +10,7 @@ import importlib.util
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -115,6 +115,7 @@ class AttentionAutotuner:
         self.outcomes: dict[Bucket, dict[str, float | str]] = {}
         self._fastest_by_bucket: dict[Bucket, Candidate] = {}
         self._restored: dict[str, str] = {}  # key of a bucket -> name of the candidate to use there
+        self._refused: set[tuple[str, Bucket, int, int]] = set()  # candidates, and lengths that they do not support
         self._lock = threading.Lock()
 
     def choices(self) -> dict[str, str]:
@@ -139,6 +140,31 @@ class AttentionAutotuner:
                 for bucket in [b for b, c in self._fastest_by_bucket.items() if known.get(b.key, c.name) != c.name]:
                     del self._fastest_by_bucket[bucket]
         return {key: name for key, name in choices.items() if name not in names}
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Runs the bucket's candidate, or torch's choice for lengths that it refuses. Arguments as for `Candidate.run`.
+
+        A bucket is chosen by the first lengths that come; its other lengths keep the choice, whatever came before them.
+        """
+        candidate = self.pick(q, k, v, bias)
+        bucket = Bucket.from_tensors(q, k, bias)
+        refused = candidate.name, bucket, q.shape[2], k.shape[2]
+        if candidate is TORCH_SDPA or refused in self._refused:
+            return torch_sdpa(q, k, v, bias)
+        try:
+            return candidate.run(q, k, v, bias)
+        except Exception as refusal:  # each library raises its own type
+            if not is_unsupported(refusal):
+                raise
+            reason = f"{type(refusal).__name__}: {refusal}"
+        self._refused.add(refused)
+        warnings.warn(
+            f"{candidate.name}, the fastest attention for {bucket.key}, does not compute {q.shape[2]} queries and "
+            f"{k.shape[2]} keys: {reason}. torch's choice does, which may be slower.",
+            KadrWarning,
+            stacklevel=3,
+        )
+        return torch_sdpa(q, k, v, bias)
 
     def pick(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Candidate:
         """Returns the fastest correct candidate, or torch's choice if none is. Arguments as for `Candidate.run`.
@@ -215,7 +241,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     if not q.is_cuda or needs_gradient or torch.compiler.is_compiling() or mode.current() == mode.REFERENCE:
         return torch_sdpa(q, k, v, bias)
-    return autotuner_for(q.device).pick(q, k, v, bias).run(q, k, v, bias)
+    return autotuner_for(q.device).run(q, k, v, bias)
 
 
 @cache
@@ -226,17 +252,18 @@ def autotuner_for(device: torch.device) -> AttentionAutotuner:
         Candidate("flash", _flash_attention, _support_check(can_use_flash_attention)),
         Candidate("efficient", _efficient_attention, _support_check(can_use_efficient_attention)),
     ]
-    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
     if is_hopper and importlib.util.find_spec("flash_attn_interface"):
         candidates.append(Candidate("flash 3", _flash_attention_3, lambda q, k, v, bias: bias is None))
-    return AttentionAutotuner(candidates, measure_cuda_seconds)
+    return AttentionAutotuner(candidates, partial(measure_cuda_seconds, device=device))
 
 
-def measure_cuda_seconds(function: Callable[[], object]) -> float:
-    """Returns the mean seconds of a call on the current CUDA device, over some milliseconds of calls."""
-    function()  # libraries build their plans and allocate
-    runs = min(MAX_TIMING_RUNS, max(1, int(TIMING_SECONDS / max(_average_cuda_seconds(function, 1), 1e-9))))
-    return _average_cuda_seconds(function, runs)
+def measure_cuda_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Returns the mean seconds of a call that runs on a CUDA device, over some milliseconds of calls."""
+    with torch.cuda.device(device):  # events are those of the current device
+        function()  # libraries build their plans and allocate
+        runs = min(MAX_TIMING_RUNS, max(1, int(TIMING_SECONDS / max(_average_cuda_seconds(function, 1), 1e-9))))
+        return _average_cuda_seconds(function, runs)
 
 
 def _average_cuda_seconds(function: Callable[[], object], runs: int) -> float:
