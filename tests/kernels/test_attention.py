@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kadr.errors import Cancelled, KadrWarning, RequestError
 from kadr.kernels import attention
 from kadr.kernels.attention import TORCH_SDPA, AttentionAutotuner, Bucket, Candidate, attend, torch_sdpa
+from kadr.kernels.cpu import attention as cpu_attention
+from tests.oracles import relative_error
 
 
 class FakeTimer:
@@ -278,12 +280,51 @@ def test_torch_sdpa_passes_the_check_in_every_dtype(dtype: torch.dtype) -> None:
     assert list(autotuner.outcomes.values()) == [{"a": 1.0}]
 
 
-def test_without_cuda_attend_equals_torch_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_logits_on_a_cpu_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "autotuner_for", raises_error)
     q, k, v, _ = inputs(30, 70)
     bias = torch.randn(2, 1, 1, 70)
-    assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
-    assert torch.equal(attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, scale=1.0))
+    assert torch.equal(attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0))
+
+
+@pytest.fixture
+def cpu_trials(monkeypatch: pytest.MonkeyPatch) -> list[AttentionAutotuner]:
+    """Returns new autotuners of the CPU, exact and rounding, that `attend` uses however few logits there are."""
+    monkeypatch.setattr(attention, "MIN_CPU_LOGITS", 0)
+    autotuners = [attention.autotuner_for.__wrapped__(torch.device("cpu"), may_round) for may_round in (False, True)]
+    monkeypatch.setattr(attention, "autotuner_for", lambda device, may_round: autotuners[may_round])
+    return autotuners
+
+
+@pytest.mark.parametrize("may_round", [False, True])
+def test_a_cpu_chooses_by_trial_on_a_few_heads(
+    cpu_trials: list[AttentionAutotuner], may_round: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    run = cpu_attention.attend_rounded if may_round else cpu_attention.attend
+
+    def record(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        tried.append(q.shape[1])
+        return run(q, k, v, bias)
+
+    autotuner = cpu_trials[may_round]
+    autotuner.candidates = [Candidate("oneDNN", record), *autotuner.candidates[1:]]
+    monkeypatch.setattr(attention, "CPU_TRIAL_FLOPS", 2 * 4 * 70 * 70 * 16)
+    q, k, v, _ = inputs(dtype=torch.bfloat16)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
+    assert relative_error(attend(q, k, v, may_round=may_round), expected) <= 0.004
+    assert set(tried[: 1 + attention.CPU_TIMING_RUNS]) == {2}
+    assert not cpu_trials[not may_round].choices()
+    (key,) = autotuner.choices()
+    assert key == "attention cpu bfloat16 128x128, head dim 16" + ", may round" * may_round
+    assert [attention.is_key_for(key, q.device, may_round=flag) for flag in (may_round, not may_round)] == [True, False]
+
+
+def test_float32_on_a_cpu_is_torchs_where_nothing_else_computes_it(cpu_trials: list[AttentionAutotuner]) -> None:
+    q, k, v, _ = inputs()
+    assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, scale=1.0))
+    assert list(cpu_trials[False].choices().values()) == ["torch's choice"]
 
 
 def refuses_long_queries(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -267,7 +267,7 @@ VIDEO = video(2, 8, 3, 2, 2)
         ("norm_modulate", (TOKENS[:0], MODULATION[:0], MODULATION[:0])),
         ("norm_modulate", (randn(1, 1, 16_385),) * 3),
         ("gate_residual", (TOKENS, MODULATION, MODULATION)),
-        ("norm_rope", (randn(1, 2, 8), randn(8), randn(2, 8), randn(2, 8))),
+        ("norm_rope", (randn(1, 2, 8), randn(8), randn(1, 4, 2, 2).transpose(1, 2))),
         ("quantize_rows", (TOKENS, torch.int8)),
         ("pixel_norm_modulate_silu", (randn(2, 8, 3, 2, 2),)),
         ("pixel_norm_modulate_silu", (VIDEO[..., :1, :],)),

@@ -62,10 +62,10 @@ def test_norm_rope_equals_the_norm_and_rope_of_attention(dtype: torch.dtype, sam
     norm = RMSNorm(48, 1e-5).to(dtype)
     torch.nn.init.normal_(norm.weight)
     positions = randn(samples, 3, 5, seed=1).abs() * 100
-    rope = rope_table(positions, 48, max_positions=(20.0, 2048.0, 2048.0), theta=10000.0, dtype=dtype)
+    rope = rope_table(positions, 48, max_positions=(20.0, 2048.0, 2048.0), theta=10000.0)
     x = randn(2, 5, 48, dtype=dtype)
     with torch.no_grad():
-        assert torch.equal(reference.norm_rope(x, norm.weight, rope.cosine, rope.sine), rope(norm(x)))
+        assert torch.equal(reference.norm_rope(x, norm.weight, rope.rotation), rope(norm(x)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -125,11 +125,11 @@ def test_gate_residual_norm_modulate_rounds_once_or_to_codes(width: int, dtype: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", CHANNEL_COUNTS)
 def test_norm_rope_rounds_once(width: int, dtype: torch.dtype, samples: int) -> None:
-    """The table is random: the elements of a pair need not share an angle."""
-    table = randn(samples, TOKENS, width, seed=3).cos(), randn(samples, TOKENS, width, seed=4).sin()
-    weight = randn(width, seed=5, dtype=dtype)
-    arguments = (tokens(width, dtype), weight, table[0].to(dtype), table[1].to(dtype), 1e-5)
-    assert_rounded_once(rope.norm_rope(*arguments), reference.norm_rope(*to_float32(arguments)), dtype)
+    """The table is random: its pairs need not be a cosine and a sine of one angle."""
+    weight, rotation = randn(width, seed=5, dtype=dtype), randn(samples, TOKENS, width // 2, 2, seed=3)
+    for arguments in ((rotation, 1e-5, 0.3), (None, 1e-5, 1.0)):
+        arguments = (tokens(width, dtype), weight, *arguments)
+        assert_rounded_once(rope.norm_rope(*arguments), reference.norm_rope(*to_float32(arguments)), dtype)
 
 
 @pytest.mark.parametrize("code_dtype", EIGHT_BIT_DTYPES)
@@ -251,7 +251,7 @@ def test_fused_runs_every_kernel_and_accepts_it() -> None:
         "gate_residual": (x, gate, x),
         "gate_residual_norm_modulate": (x, gate, x, scale, shift),
         "gate_residual_norm_modulate_quantize": (x, gate, x, scale, shift, code_dtype),
-        "norm_rope": (x, shift[0, 0], x.cos(), x.sin()),
+        "norm_rope": (x, shift[0, 0], x.unflatten(-1, (-1, 2)), 1e-5, 0.5),
         "quantize_rows": (x[0], code_dtype),
         "gelu_quantize": (x[0], code_dtype),
         "rescale": (sums, sums[:, :1].contiguous(), sums[0], None, torch.float32),

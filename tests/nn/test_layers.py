@@ -33,8 +33,14 @@ MAX_POSITIONS = (20.0, 2048.0, 2048.0)
 ONE_POSITION = torch.tensor([9 / 30, 64.0, 96.0]).view(1, 3, 1)
 
 
-def rope_of(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rope:
-    return rope_table(positions, width, max_positions=MAX_POSITIONS, theta=10000.0, dtype=dtype)
+def rope_of(positions: Tensor, width: int) -> Rope:
+    return rope_table(positions, width, max_positions=MAX_POSITIONS, theta=10000.0)
+
+
+def cosine_sine(rope: Rope) -> tuple[Tensor, Tensor]:
+    """Returns the table as others have it: cosine and sine for each element (B, N, D), those of a pair being equal."""
+    cosine, sine = rope.rotation.repeat_interleave(2, dim=-2).unbind(-1)
+    return cosine, sine
 
 
 def repeat_pairs(*values: float) -> list[float]:
@@ -78,7 +84,7 @@ def test_timestep_embedding_rounds_an_fp32_sinusoid_to_the_dtype():
 
 
 def test_rope_of_the_2b_has_the_published_values():
-    cosine, sine = (part[0, 0] for part in rope_of(ONE_POSITION, 2048))
+    cosine, sine = (part[0, 0] for part in cosine_sine(rope_of(ONE_POSITION, 2048)))
     assert cosine.shape == (2048,)
     expected = repeat_pairs(1, 0.047106, 0.098017, 0.14673, 0.005284, 0.057705)
     assert cosine[:12].tolist() == pytest.approx(expected, abs=2e-6)
@@ -88,7 +94,7 @@ def test_rope_of_the_2b_has_the_published_values():
 
 
 def test_rope_of_the_13b_has_the_published_values():
-    cosine, sine = (part[0, 0] for part in rope_of(ONE_POSITION, 4096))
+    cosine, sine = (part[0, 0] for part in cosine_sine(rope_of(ONE_POSITION, 4096)))
     expected = repeat_pairs(1, 1, 0.047106, 0.098017, 0.14673, 0.026374)
     assert cosine[:12].tolist() == pytest.approx(expected, abs=2e-6)
     expected = repeat_pairs(-0.99889, -0.995185, -0.989177, -0.999652)
@@ -104,7 +110,7 @@ def test_rope_of_the_13b_has_the_published_values():
 def test_rope_table_equals_official_and_diffusers(config):
     grids = [token_positions(LatentGrid(16, 3, 4), fps=fps, causal=causal) for fps, causal in ((30, True), (24, False))]
     positions = torch.stack(grids)
-    ours = rope_of(positions, config.width)
+    ours = cosine_sine(rope_of(positions, config.width))
     official = official_transformer_on_meta(replace(config, num_layers=1))
     for table, expected in zip(ours, official.precompute_freqs_cis(positions), strict=True):
         assert table.shape == (2, 192, config.width)
@@ -114,22 +120,26 @@ def test_rope_table_equals_official_and_diffusers(config):
         assert (table - expected).abs().max() <= 1e-6
 
 
-def test_rope_table_is_computed_in_fp32_then_rounded():
-    exact, rounded = rope_of(ONE_POSITION, 2048), rope_of(ONE_POSITION, 2048, torch.bfloat16)
-    for full, half in zip(exact, rounded, strict=True):
-        assert half.dtype == torch.bfloat16
-        assert torch.equal(half, full.bfloat16())
+def test_bfloat16_is_rotated_in_fp32_then_rounded():
+    x, rope = randn(2, 5, 40), rope_of(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 40)
+    assert rope.rotation.dtype == torch.float32
+    rotated = rope(x.bfloat16())
+    assert rotated.dtype == torch.bfloat16
+    assert torch.equal(rotated, rope(x.bfloat16().float()).bfloat16())
 
 
 def test_rotation_equals_diffusers():
     x, rope = randn(2, 5, 40), rope_of(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 40)
-    assert torch.equal(rope(x), apply_rotary_emb(x, tuple(rope)))
+    expected = apply_rotary_emb(x, cosine_sine(rope))
+    assert torch.equal(rope(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(rope(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_rope_rotates_pairs_and_preserves_their_norm():
-    angle = torch.tensor([0.3, -1.2]).repeat_interleave(2)
+    angle = torch.tensor([0.3, -1.2])
     x = torch.tensor([1.0, 0.0, 0.0, 2.0])
-    rotated = Rope(angle.cos(), angle.sin())(x[None, None])[0, 0]
+    rotated = Rope(torch.stack([angle.cos(), angle.sin()], -1)[None, None])(x[None, None])[0, 0]
     expected = [math.cos(0.3), math.sin(0.3), -2 * math.sin(-1.2), 2 * math.cos(-1.2)]
     assert rotated.tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -137,10 +147,10 @@ def test_rope_rotates_pairs_and_preserves_their_norm():
 def test_remainder_of_width_by_six_comes_first_unrotated():
     for width in (36, 38, 40):
         rope = rope_of(ONE_POSITION, width)
-        remainder = width % 6
-        assert torch.equal(rope.cosine[..., :remainder], torch.ones(1, 1, remainder))
-        assert torch.equal(rope.sine[..., :remainder], torch.zeros(1, 1, remainder))
-        assert rope.sine[..., remainder:].ne(0).all()
+        remainder, (cosine, sine) = width % 6, cosine_sine(rope)
+        assert torch.equal(cosine[..., :remainder], torch.ones(1, 1, remainder))
+        assert torch.equal(sine[..., :remainder], torch.zeros(1, 1, remainder))
+        assert sine[..., remainder:].ne(0).all()
 
 
 # Norms

@@ -250,7 +250,7 @@ def test_transformer_activation_bytes_match_live_tensors(
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rope_bytes_match_live_tensors(dtype: torch.dtype) -> None:
-    module, (peak, table) = Transformer(SMALL).to(dtype), activations.rope_bytes(SMALL, 600, dtype.itemsize)
+    module, (peak, table) = Transformer(SMALL).to(dtype), activations.rope_bytes(SMALL, 600)
     rope = module.compute_rope(torch.rand(1, 3, 600))
     assert sum(tensor.nbytes for tensor in rope) == table
     assert peak_live_bytes(lambda: module.compute_rope(torch.rand(1, 3, 600))) == pytest.approx(peak, rel=0.02)

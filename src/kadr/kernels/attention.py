@@ -1,13 +1,15 @@
-"""Attention by the fastest implementation that a GPU has for the shape at hand, found by autotuning.
+"""Attention by the fastest implementation that a device has for the shape at hand, found by autotuning.
 
 Which implementation is fastest differs between GPUs and head dimensions by more than a factor of two, and torch's own
-order of preference is often wrong: on Hopper cuDNN is up to 1.9 times as fast as what torch picks, on Ampere slower.
+order of preference is often wrong: on Hopper cuDNN is up to 1.9 times as fast as what torch picks, on Ampere slower. On
+a CPU with units for bfloat16 torch's own takes two to four times as long as the products that it consists of.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -25,6 +27,8 @@ from torch.backends.cuda import (
 
 from kadr.errors import KadrWarning
 from kadr.kernels import mode
+from kadr.kernels.cpu import attention as cpu_attention
+from kadr.kernels.cpu import zen
 from kadr.kernels.error_kinds import is_unsupported
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -37,6 +41,10 @@ CHECKED_QUERIES, CHECKED_HEADS = 64, 4  # compared with exact attention, spread 
 ATTENTION_MAX_RELATIVE_ERROR = {torch.float32: 1e-3}
 MAX_RELATIVE_ERROR_16BIT = 0.02  # for 16-bit dtypes, where a correct result is about 0.004 off
 EFFICIENT_BIAS_ALIGNMENT = 16  # elements between the rows of a bias of memory-efficient attention
+# On CPUs: with fewer logits, whatever computes them takes a few milliseconds, and torch's choice does.
+MIN_CPU_LOGITS = 1 << 21
+CPU_TRIAL_FLOPS = 2e10  # of the heads that candidates are timed with
+CPU_TIMING_RUNS = 3  # the fastest counts
 
 
 def _supports_all(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
@@ -47,8 +55,8 @@ class Candidate(NamedTuple):
     """One attention implementation.
 
     Args:
-        run: q, k, v (B, H, N or M, d) and a bias (B, 1, 1, M) or None -> (B, H, N, d). Raises for inputs that it does
-            not support.
+        run: q, k, v (B, H, N or M, d) and a bias (B, 1, 1, M) or None -> (B, H, N, d); see `attend`. Raises for inputs
+            that it does not support.
         supports: whether it may be run for such inputs.
     """
 
@@ -58,7 +66,11 @@ class Candidate(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Inputs that share one choice of implementation. Lengths are rounded up to powers of two."""
+    """Inputs that share one choice of implementation. Lengths are rounded up to powers of two.
+
+    Args:
+        may_round: see `attend`.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -66,32 +78,33 @@ class Bucket(NamedTuple):
     query_length: int
     key_length: int
     has_bias: bool
+    may_round: bool = False
 
     @classmethod
-    def from_tensors(cls, q: Tensor, k: Tensor, bias: Tensor | None) -> Bucket:
+    def from_tensors(cls, q: Tensor, k: Tensor, bias: Tensor | None, *, may_round: bool = False) -> Bucket:
         query_length, key_length = (1 << (length - 1).bit_length() for length in (q.shape[2], k.shape[2]))
-        return cls(q.device, q.dtype, q.shape[3], query_length, key_length, bias is not None)
+        return cls(q.device, q.dtype, q.shape[3], query_length, key_length, bias is not None, may_round)
 
     @property
     def key(self) -> str:
         """Names the bucket in stored choices. Devices of one kind share it."""
         dtype, bias = str(self.dtype).removeprefix("torch."), " with bias" if self.has_bias else ""
         sizes = f"{self.query_length}x{self.key_length}, head dim {self.head_dim}"
-        return f"{_KEY_PREFIX} {self.device.type} {dtype} {sizes}{bias}"
+        return f"{_KEY_PREFIX} {self.device.type} {dtype} {sizes}{bias}{_ROUNDED_SUFFIX * self.may_round}"
 
 
-def is_key_for(key: str, device: torch.device) -> bool:
+def is_key_for(key: str, device: torch.device, *, may_round: bool = False) -> bool:
     """Returns whether a key names a bucket of a kind of device."""
-    return key.startswith(f"{_KEY_PREFIX} {device.type} ")
+    return key.startswith(f"{_KEY_PREFIX} {device.type} ") and key.endswith(_ROUNDED_SUFFIX) == may_round
 
 
 def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Calls scaled_dot_product_attention with the backend that torch picks."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
 
 TORCH_SDPA = Candidate("torch's choice", torch_sdpa)
-_KEY_PREFIX = "attention"  # of a bucket's key, before the kind of device
+_KEY_PREFIX, _ROUNDED_SUFFIX = "attention", ", may round"  # of a bucket's key
 NOT_SUPPORTED = "not supported"  # outcome of a candidate that was not run
 
 
@@ -101,6 +114,7 @@ class AttentionAutotuner:
     Args:
         candidates: on near ties, earlier ones win.
         measure_seconds: times one call.
+        may_round: see `attend`.
 
     Attributes:
         outcomes: for each bucket and candidate, its seconds, or the reason why it was rejected.
@@ -109,9 +123,13 @@ class AttentionAutotuner:
     """
 
     def __init__(
-        self, candidates: Sequence[Candidate], measure_seconds: Callable[[Callable[[], object]], float]
+        self,
+        candidates: Sequence[Candidate],
+        measure_seconds: Callable[[Callable[[], object]], float],
+        *,
+        may_round: bool = False,
     ) -> None:
-        self.candidates, self.measure_seconds = candidates, measure_seconds
+        self.candidates, self.measure_seconds, self.may_round = candidates, measure_seconds, may_round
         self.outcomes: dict[Bucket, dict[str, float | str]] = {}
         self._fastest_by_bucket: dict[Bucket, Candidate] = {}
         self._restored: dict[str, str] = {}  # key of a bucket -> name of the candidate to use there
@@ -147,7 +165,7 @@ class AttentionAutotuner:
         A bucket is chosen by the first lengths that come; its other lengths keep the choice, whatever came before them.
         """
         candidate = self.pick(q, k, v, bias)
-        bucket = Bucket.from_tensors(q, k, bias)
+        bucket = Bucket.from_tensors(q, k, bias, may_round=self.may_round)
         refused = candidate.name, bucket, q.shape[2], k.shape[2]
         if candidate is TORCH_SDPA or refused in self._refused:
             return torch_sdpa(q, k, v, bias)
@@ -171,7 +189,7 @@ class AttentionAutotuner:
 
         An error that says nothing about a candidate, such as memory that ran out, is raised, and nothing is recorded.
         """
-        bucket = Bucket.from_tensors(q, k, bias)
+        bucket = Bucket.from_tensors(q, k, bias, may_round=self.may_round)
         if bucket in self._fastest_by_bucket:
             return self._fastest_by_bucket[bucket]
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -180,7 +198,7 @@ class AttentionAutotuner:
             if bucket not in self._fastest_by_bucket:
                 if not bool(_sample_exact(q, k, v, bias).isfinite().all()):
                     return TORCH_SDPA  # no candidate could be checked with these inputs
-                self._find_fastest(bucket, q, k, v, bias)
+                self._find_fastest(bucket, *_trial_part(q, k, v, bias))
             return self._fastest_by_bucket[bucket]
 
     def _find_fastest(self, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
@@ -224,29 +242,43 @@ class AttentionAutotuner:
             return f"{type(refusal).__name__}: {refusal}"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes softmax(q kᵀ / √d + bias) v.
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, may_round: bool = False) -> Tensor:
+    """Computes softmax(q kᵀ + bias) v.
 
-    On CUDA by the candidate that was fastest when this bucket first came, elsewhere by torch's choice. Results of the
-    two may differ in their last bits.
+    By the candidate that was fastest when this bucket first came. Results of candidates may differ in their last bits.
 
     Args:
-        q: (B, H, N, d).
+        q: (B, H, N, d), divided by √d already.
         k, v: (B, H, M, d).
         bias: (B, 1, 1, M), added to the logits.
+        may_round: q and k come from 8-bit products, which are about 1 % off: another rounding adds little to that.
 
     Returns:
         (B, H, N, d) in q's dtype.
     """
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    if not q.is_cuda or needs_gradient or torch.compiler.is_compiling() or mode.current() == mode.REFERENCE:
+    if needs_gradient or torch.compiler.is_compiling() or mode.current() == mode.REFERENCE or not _has_choice(q, k):
         return torch_sdpa(q, k, v, bias)
-    return autotuner_for(q.device).run(q, k, v, bias)
+    return autotuner_for(q.device, may_round and q.device.type == "cpu").run(q, k, v, bias)
+
+
+def _has_choice(q: Tensor, k: Tensor) -> bool:
+    """Returns whether these inputs have candidates besides torch's choice."""
+    if q.device.type != "cpu":
+        return q.is_cuda
+    return q.shape[:3].numel() * k.shape[2] >= MIN_CPU_LOGITS and q.dtype in (torch.bfloat16, torch.float32)
+
+
+def autotuners_for(device: torch.device) -> list[AttentionAutotuner]:
+    """Returns the autotuners that `attend` uses on a CPU or a CUDA device."""
+    return [autotuner_for(device, may_round) for may_round in (False, True)[: 1 + (device.type == "cpu")]]
 
 
 @cache
-def autotuner_for(device: torch.device) -> AttentionAutotuner:
-    """Returns the autotuner that `attend` uses on a CUDA device."""
+def autotuner_for(device: torch.device, may_round: bool = False) -> AttentionAutotuner:
+    """Returns an autotuner that `attend` uses on a CPU or a CUDA device."""
+    if device.type == "cpu":
+        return AttentionAutotuner(_cpu_candidates(may_round), measure_cpu_seconds, may_round=may_round)
     candidates = [
         Candidate("cuDNN", _cudnn_attention, _support_check(can_use_cudnn_attention)),
         Candidate("flash", _flash_attention, _support_check(can_use_flash_attention)),
@@ -256,6 +288,33 @@ def autotuner_for(device: torch.device) -> AttentionAutotuner:
     if is_hopper and importlib.util.find_spec("flash_attn_interface"):
         candidates.append(Candidate("flash 3", _flash_attention_3, lambda q, k, v, bias: bias is None))
     return AttentionAutotuner(candidates, partial(measure_cuda_seconds, device=device))
+
+
+def _cpu_candidates(may_round: bool) -> list[Candidate]:
+    own = cpu_attention.attend_rounded if may_round else cpu_attention.attend
+    return [
+        Candidate("oneDNN", own, cpu_attention.is_supported),
+        TORCH_SDPA,
+        Candidate("zentorch", zen.attend, zen.is_attention_supported),
+    ]
+
+
+def _trial_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Returns what candidates are tried with: on a CPU some heads of the last sample, else everything."""
+    if q.device.type != "cpu":
+        return q, k, v, bias
+    heads = max(1, int(CPU_TRIAL_FLOPS / (4 * q.shape[2] * k.shape[2] * q.shape[3])))
+    return q[-1:, :heads], k[-1:, :heads], v[-1:, :heads], None if bias is None else bias[-1:]
+
+
+def measure_cpu_seconds(function: Callable[[], object]) -> float:
+    """Returns the seconds of the fastest of a few calls."""
+    times = []
+    for _ in range(CPU_TIMING_RUNS):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def measure_cuda_seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -288,18 +347,18 @@ def _support_check(can_use: Callable[..., bool]) -> SupportCheck:
 # The operators below scaled_dot_product_attention. Its context manager for a backend sets flags of the whole process,
 # which other threads would see, and which two threads at once can leave set.
 def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False)[0]
+    output: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False, scale=1.0)[0]
     return output
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=1.0)[0]
     return output
 
 
 def _efficient_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     aligned = None if bias is None else _align_bias(bias).expand(q.shape[0], q.shape[1], q.shape[2], -1)
-    output: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, aligned, False)[0]
+    output: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, aligned, False, scale=1.0)[0]
     return output
 
 
@@ -314,7 +373,7 @@ def _align_bias(bias: Tensor) -> Tensor:
 def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     from flash_attn_interface import flash_attn_func  # not on PyPI; users with a Hopper GPU may have built it
 
-    output = flash_attn_func(*(tensor.transpose(1, 2) for tensor in (q, k, v)))  # (B, N, H, d)
+    output = flash_attn_func(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale=1.0)  # (B, N, H, d)
     return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
 
 
@@ -331,7 +390,7 @@ def _sample_exact(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tenso
     """Computes attention in fp32 for some queries and heads of the last sample."""
     heads, rows = _sampled_indices(q)
     queries, keys, values = q[-1][heads][:, rows].float(), k[-1][heads].float(), v[-1][heads].float()
-    logits = queries @ keys.transpose(1, 2) / q.shape[3] ** 0.5
+    logits = queries @ keys.transpose(1, 2)
     if bias is not None:
         logits += bias[-1].float()
     return logits.softmax(dim=-1) @ values

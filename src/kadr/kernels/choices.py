@@ -35,12 +35,15 @@ def restore_choices(choices: KernelChoices, device: torch.device, *, override: b
     """
     missing = []
     for autotuner in _autotuners(device):
-        mine = {key: name for key, name in choices.items() if attention.is_key_for(key, device)}
+        may_round = autotuner.may_round
+        mine = {key: name for key, name in choices.items() if attention.is_key_for(key, device, may_round=may_round)}
         missing += [f"{name} for {key}" for key, name in autotuner.restore(mine, override=override).items()]
     return missing
 
 
 def _autotuners(device: torch.device) -> Iterator[attention.AttentionAutotuner]:
+    if device.type == "cpu":
+        yield from attention.autotuners_for(torch.device("cpu"))
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        yield attention.autotuner_for(torch.device("cuda", index))
+        yield from attention.autotuners_for(torch.device("cuda", index))

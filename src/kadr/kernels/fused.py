@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kadr.kernels import dequant, reference, trial
-from kadr.kernels.cpu import pixel_norm
+from kadr.kernels.cpu import pixel_norm, tokens
 from kadr.kernels.ggml_types import GGMLType
 
 MAX_ROW_ELEMENTS = 16_384  # a Triton program keeps a row in registers; the feed-forward of 13B is this wide
@@ -26,6 +26,8 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float = 1e-6
     """See `reference.norm_modulate`."""
     if _can_fuse_tokens(x, scale, shift):
         return trial.run("adaln", reference.norm_modulate, x, scale, shift, epsilon)
+    if tokens.is_supported(x, scale, shift):
+        return tokens.norm_modulate(x, scale, shift, epsilon)
     return reference.norm_modulate(x, scale, shift, epsilon)
 
 
@@ -51,7 +53,8 @@ def gate_residual_norm_modulate(
     """See `reference.gate_residual_norm_modulate`."""
     if _can_fuse_tokens(x, gate, scale, shift, same_shape=(branch,)):
         return trial.run("adaln", reference.gate_residual_norm_modulate, x, gate, branch, scale, shift, epsilon)
-    return reference.gate_residual_norm_modulate(x, gate, branch, scale, shift, epsilon)
+    x = reference.gate_residual(x, gate, branch)
+    return x, norm_modulate(x, scale, shift, epsilon)
 
 
 def gate_residual_norm_modulate_quantize(
@@ -70,11 +73,14 @@ def gate_residual_norm_modulate_quantize(
     return reference.gate_residual_norm_modulate_quantize(*arguments)
 
 
-def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: float = 1e-5) -> Tensor:
+def norm_rope(x: Tensor, weight: Tensor, rotation: Tensor | None, epsilon: float = 1e-5, factor: float = 1.0) -> Tensor:
     """See `reference.norm_rope`."""
-    if x.shape[-1] % 2 == 0 and _can_fuse_tokens(x, weight[None, None], cosine, sine):
-        return trial.run("rope", reference.norm_rope, x, weight, cosine, sine, epsilon)
-    return reference.norm_rope(x, weight, cosine, sine, epsilon)
+    arguments = (x, weight, rotation, epsilon, factor)
+    if x.shape[-1] % 2 == 0 and _can_fuse_tokens(x, weight[None, None]) and _is_rotation(rotation, x):
+        return trial.run("rope", reference.norm_rope, *arguments)
+    if tokens.is_supported(x, weight):
+        return tokens.norm_rope(*arguments)
+    return reference.norm_rope(*arguments)
 
 
 def quantize_rows(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -171,6 +177,14 @@ def _can_fuse_tokens(
     )
     is_supported = is_broadcastable and all(tensor.dim() == 3 and tensor.shape[-1] == x.shape[-1] for tensor in present)
     return is_supported and trial.should_use_kernel((x, *present, *same_shape), MIN_CAPABILITIES[code_dtype])
+
+
+def _is_rotation(rotation: Tensor | None, x: Tensor) -> bool:
+    """Returns whether a kernel supports the angles of the pairs of x (B, N, D): none, or a table of their layout."""
+    if rotation is None:
+        return True
+    has_shape = rotation.shape[0] in (1, len(x)) and rotation.shape[1:] == (x.shape[1], x.shape[2] // 2, 2)
+    return has_shape and rotation.dtype == torch.float32 and rotation.is_contiguous() and rotation.device == x.device
 
 
 def _can_fuse_rows(x: Tensor, code_dtype: torch.dtype) -> bool:

@@ -276,9 +276,8 @@ class Transformer(nn.Module):
 
         It is the same in every denoising step.
         """
-        config, dtype = self.config, self.scale_shift_table.dtype
-        limits = config.rope_max_positions
-        return rope_table(positions, config.width, max_positions=limits, theta=config.rope_theta, dtype=dtype)
+        config = self.config
+        return rope_table(positions, config.width, max_positions=config.rope_max_positions, theta=config.rope_theta)
 
     def project_text(self, text: Tensor, text_mask: Tensor | None) -> TextKVCache:
         """Projects prompt embeddings for cross-attention. Reuse the result over the steps: it holds the KV cache.

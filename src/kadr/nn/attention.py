@@ -7,7 +7,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kadr.kernels import attention, fused
-from kadr.kernels.cpu import attention as cpu_attention
 from kadr.nn.linear import Linear, linear_shared_input, uses_8bit_matmul
 from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
@@ -69,9 +68,8 @@ class Attention(nn.Module):
         if perturbed_value is not None:
             return self.out(self.v(x) if perturbed_value == PERTURB_TO_VALUES else x)
         q, kv = self._project_qkv(x, rope) if kv is None else (self.q(x), kv)
-        q = self._norm_rotate_split(q, self.q_norm, rope)
-        # 8-bit matmuls put queries and keys off by about 1 %: logits rounded to bfloat16 add little to that.
-        attended = attend(q, *kv, bias, bf16_logits=uses_8bit_matmul(self.q))
+        q = self._norm_rotate_split(q, self.q_norm, rope, factor=(q.shape[-1] // self.num_heads) ** -0.5)
+        attended = attention.attend(q, *kv, bias, may_round=uses_8bit_matmul(self.q))
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def project_kv(self, context: Tensor) -> KeysValues:
@@ -84,25 +82,10 @@ class Attention(nn.Module):
         q, k, v = linear_shared_input(x, self.q, self.k, self.v)
         return q, KeysValues(self._norm_rotate_split(k, self.k_norm, rope), self._split_heads(v))
 
-    def _norm_rotate_split(self, t: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
-        if rope is None:
-            return self._split_heads(norm(t))
-        return self._split_heads(fused.norm_rope(t, norm.weight, rope.cosine, rope.sine, norm.epsilon))
+    def _norm_rotate_split(self, t: Tensor, norm: RMSNorm, rope: Rope | None, *, factor: float = 1.0) -> Tensor:
+        rotation = None if rope is None else rope.rotation
+        return self._split_heads(fused.norm_rope(t, norm.weight, rotation, norm.epsilon, factor))
 
     def _split_heads(self, t: Tensor) -> Tensor:
         """Splits heads, (B, M, D) -> (B, H, M, d)."""
         return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, bf16_logits: bool) -> Tensor:
-    """Computes softmax(q kᵀ / √d + bias) v with the fastest kernel for these inputs on their device.
-
-    Args:
-        q: (B, H, N, d).
-        k, v: (B, H, M, d).
-        bias: (B, 1, 1, M).
-        bf16_logits: logits may be rounded to the dtype of q.
-    """
-    if cpu_attention.is_faster_than_torch(q, k, bias, bf16_logits=bf16_logits):
-        return cpu_attention.attend(q, k, v, bf16_logits=bf16_logits)
-    return attention.attend(q, k, v, bias)

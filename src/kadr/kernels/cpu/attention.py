@@ -1,72 +1,129 @@
-"""Attention in bfloat16 on CPUs, by matmuls over a few whole heads at a time, whose logits stay in the cache.
+"""Attention in bfloat16 on CPUs by two large products of oneDNN, whose exponentials are computed as it multiplies.
 
-torch's flash attention walks through the keys in small blocks, whose matmuls run at a sixth of the speed of large ones.
-Where the logits of a head fit into the cache, large matmuls and a softmax over whole rows take four fifths of its time,
-and half of it where logits may be rounded to bfloat16. Measured.
+oneDNN can apply a sigmoid to the float32 sums of a product before it rounds them. Where x is far below 0, sigmoid(x) is
+exp(x) but for a share of exp(x): so the logits, less a bound of their own, go through a sigmoid and come out as the
+weights of softmax up to a common factor, rounded once, as torch's are. The bound is |q| |k| by Cauchy and Schwarz,
+plus a margin. It is the same for all queries of a head, as a bias of the keys; the common factor cancels when
+the weighted sum of values is divided by the sum of weights.
+
+Both products run at the speed of large matrices, and a softmax in float32 is never written to memory. Measured.
 """
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kadr.cancellation import check_cancelled
 from kadr.kernels.matmul import uses_onednn
 
-MAX_LOGIT_BYTES = 4_000_000  # logits computed at a time
-MIN_LENGTH, MIN_LENGTH_BF16_LOGITS = 512, 128  # queries and keys; with fewer, the overhead of calls outweighs the gain
-# For logits in float32: matmuls of wider heads cost more than is gained, and so do heads whose logits do not fit into
-# the cache.
-MAX_HEAD_DIM = 64
+WEIGHT_BYTES = 3_000_000  # weights of softmax computed at a time; measured
+MARGIN = 9.0  # logits less their bound are below it: a sigmoid is then an exponential but for exp(-9)
+# Sums of weights below it lost weights that are too small for the format: the bound was far above the logits.
+MIN_SUM = 2.0**-100
+KEY_ALIGNMENT = 16  # keys are padded to a multiple, as partial sums need it
+# Sums of weights are rounded to bfloat16 for so many parts of the keys, whose errors cancel, then added in float32.
+PARTIAL_SUMS = 16
+MASKED = -1000.0  # a bias below it leaves no weight
+MASK_BIAS = -10_000.0  # of keys without weight
+MIN_PREPACKED_SLICES = 3  # of queries, for which reordering keys and values once is faster than each time
 
 
-def is_faster_than_torch(q: Tensor, k: Tensor, bias: Tensor | None, *, bf16_logits: bool) -> bool:
-    """Returns whether `attend` is faster than torch's own attention for these inputs."""
-    if bias is not None or not uses_onednn(q):
-        return False
-    queries, keys, head_dim = q.shape[2], k.shape[2], q.shape[3]
-    if torch.is_grad_enabled() and q.requires_grad:
-        return False
-    if bf16_logits:
-        return min(queries, keys) >= MIN_LENGTH_BF16_LOGITS
-    return min(queries, keys) >= MIN_LENGTH and head_dim <= MAX_HEAD_DIM and queries * keys * 4 <= MAX_LOGIT_BYTES
+def is_supported(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Returns whether `attend` and `attend_rounded` compute these inputs, on a CPU that multiplies in bfloat16."""
+    return uses_onednn(q) and q.dtype == k.dtype == v.dtype and (bias is None or is_mask(bias))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, bf16_logits: bool = False) -> Tensor:
-    """Computes softmax(q kᵀ / √d) v.
+def is_mask(bias: Tensor) -> bool:
+    """Returns whether a bias (B, 1, 1, M) lets each key take part as it is or not at all, and some in each sample."""
+    kept = bias == 0
+    return bool((kept | (bias <= MASKED)).all()) and bool(kept.any(-1).all())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Computes softmax(q kᵀ + bias) v, about as exactly as torch.
 
     Args:
         q: (B, H, N, d), bfloat16.
         k, v: (B, H, M, d), bfloat16.
-        bf16_logits: round logits to bfloat16; else they and their softmax are in float32, as in torch's own.
+        bias: (B, 1, 1, M) that `is_mask` accepts.
 
     Returns:
         (B, H, N, d), bfloat16, in the memory order (B, N, H, d).
     """
+    return _attend(q, k, v, bias, is_exact=True)
+
+
+def attend_rounded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Computes `attend` with sums of values rounded to bfloat16 before they are divided: a fifth faster."""
+    return _attend(q, k, v, bias, is_exact=False)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, is_exact: bool) -> Tensor:
     batch, heads, queries, head_dim = q.shape
-    logits_dtype = torch.bfloat16 if bf16_logits else torch.float32
     output = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype)
-    row_bytes = k.shape[2] * logits_dtype.itemsize
-    query_step = max(1, min(queries, MAX_LOGIT_BYTES // row_bytes))
-    head_step = max(1, min(heads, MAX_LOGIT_BYTES // (query_step * row_bytes))) if query_step == queries else 1
-    logits = torch.empty(head_step * query_step * k.shape[2], dtype=logits_dtype)
-    for sample in range(batch):
-        scaled_q = q[sample].to(logits_dtype, copy=True, memory_format=torch.contiguous_format).mul_(head_dim**-0.5)
-        keys, values = k[sample].to(logits_dtype, memory_format=torch.contiguous_format), v[sample].contiguous()
-        for head in range(0, heads, head_step):
-            part = slice(head, head + head_step)
-            for start in range(0, queries, query_step):
-                check_cancelled()
-                rows = slice(start, start + query_step)
-                output[sample, rows, part] = _softmax_attention(scaled_q[part, rows], keys[part], values[part], logits)
+    if bias is not None and not is_mask(bias):
+        raise ValueError("the bias is not a mask")
+    for index in range(batch):
+        is_kept = None if bias is None else bias[index, 0, 0] == 0
+        key_bias = _key_bias(_bound_logits(q[index], k[index]).to(q.dtype), k.shape[2], is_kept)
+        for head in range(heads):
+            _attend_head(
+                q[index, head], k[index, head], v[index, head], key_bias[head], output[index, :, head], is_exact
+            )
     return output.transpose(1, 2)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, logits: Tensor) -> Tensor:
-    """Attends with q, already scaled, k and v (H, N or M, d) -> (N, H, d). logits: workspace of H x N x M elements."""
-    shape = (len(q), q.shape[1], k.shape[1])
-    weights = torch.bmm(q, k.transpose(1, 2), out=logits[: prod(shape)].view(shape))
-    torch.softmax(weights, -1, out=weights)
-    return torch.bmm(weights.to(v.dtype), v).transpose(0, 1)
+def _key_bias(bound: Tensor, keys: int, is_kept: Tensor | None) -> Tensor:
+    """Returns what is added to the logits of the keys of each head, padded (H, M'): minus the bound (H)."""
+    key_bias = (-bound)[:, None].repeat(1, keys + -keys % KEY_ALIGNMENT)
+    key_bias[:, keys:] = MASK_BIAS
+    if is_kept is not None:
+        key_bias[:, :keys].masked_fill_(~is_kept, MASK_BIAS)
+    return key_bias
+
+
+def _attend_head(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, output: Tensor, is_exact: bool) -> None:
+    """Writes the attention of one head into `output` (N, d). q: (N, d), k, v: (M, d), key_bias: (M')."""
+    padding = len(key_bias) - len(k)
+    key_matrix, value_matrix = (F.pad(t, (0, 0, 0, padding)) if padding else t.contiguous() for t in (k, v))
+    value_matrix = value_matrix.t()
+    count = max(1, -(-len(q) * len(key_bias) * q.itemsize // WEIGHT_BYTES))
+    if count >= MIN_PREPACKED_SLICES:
+        key_matrix, value_matrix = map(torch.ops.mkldnn._reorder_linear_weight, (key_matrix, value_matrix))
+    step = -(-len(q) // count)
+    for start in range(0, len(q), step):
+        check_cancelled()
+        rows = slice(start, start + step)
+        weights = torch.ops.mkldnn._linear_pointwise(q[rows].contiguous(), key_matrix, key_bias, "sigmoid", [], "")
+        sums = weights.unflatten(-1, (PARTIAL_SUMS, -1)).sum(-1).sum(-1, keepdim=True, dtype=torch.float32)
+        if bool((sums >= MIN_SUM).all()):
+            output[rows] = _sum_values(weights, value_matrix, is_exact).div_(sums)
+        else:
+            output[rows] = _attend_widely(q[rows], k, v, key_bias[: len(k)])
+        del weights  # before the next ones exist
+
+
+def _bound_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Returns a bound of the logits of each head (H), with the margin; NaN where an input is not finite."""
+    largest_q, largest_k = (torch.linalg.vector_norm(t, dim=-1).amax(-1).float() for t in (q, k))
+    return largest_q * largest_k * (1 + 2.0**-6) + MARGIN  # the norms are rounded to bfloat16
+
+
+def _sum_values(weights: Tensor, value_matrix: Tensor, is_exact: bool) -> Tensor:
+    """Multiplies weights (N, M) with values (d, M) -> fp32 (N, d).
+
+    oneDNN rounds the sums to bfloat16. A second product less the rounded sums gives what rounding left out.
+    """
+    sums = torch.ops.mkldnn._linear_pointwise(weights, value_matrix, None, "none", [], "")
+    if not is_exact:
+        return sums.float()
+    remainder = torch.ops.mkldnn._linear_pointwise.binary(weights, sums, value_matrix, None, "sub")
+    return sums.float().add_(remainder)
+
+
+def _attend_widely(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> Tensor:
+    """Attends with logits of any spread in float32: q (N, d), k and v (M, d). key_bias: (M), as for a sigmoid."""
+    logits = (q.float() @ k.float().t()).masked_fill_(key_bias == MASK_BIAS, float("-inf"))
+    return logits.softmax(-1) @ v.float()

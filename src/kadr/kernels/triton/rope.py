@@ -14,16 +14,14 @@ def _norm_rope(
     out,  # (B, N, D)
     x,
     weight,
-    cosine,
-    sine,
+    rotation,  # (B or 1, N, D / 2, 2), fp32; None without RoPE
     tokens,
     x_sample,  # strides in elements, from sample to sample and from token to token
     x_token,
-    cosine_sample,
-    cosine_token,
-    sine_sample,
-    sine_token,
+    rotation_sample,
+    rotation_token,
     epsilon,
+    factor,
     ROW_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -33,30 +31,32 @@ def _norm_rope(
     column = tl.arange(0, BLOCK)
     inside = column < ROW_SIZE
     values = tl.load(x + sample * x_sample + token * x_token + column, inside, 0.0).to(tl.float32)
-    values *= inverse_rms(values, epsilon, ROW_SIZE)
+    values *= inverse_rms(values, epsilon, ROW_SIZE) * factor
     values *= tl.load(weight + column, inside, 0.0).to(tl.float32)
-    cosines = tl.load(cosine + sample * cosine_sample + token * cosine_token + column, inside, 0.0).to(tl.float32)
-    sines = tl.load(sine + sample * sine_sample + token * sine_token + column, inside, 0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, (BLOCK // 2, 2)))
-    rotated = values * cosines + tl.interleave(-odd, even) * sines
-    tl.store(out + row.to(tl.int64) * ROW_SIZE + column, rotated.to(out.dtype.element_ty), inside)
+    if rotation is not None:
+        table = tl.load(rotation + sample * rotation_sample + token * rotation_token + column, inside, 0.0)
+        cosine, sine = tl.split(tl.reshape(table, (BLOCK // 2, 2)))
+        even, odd = tl.split(tl.reshape(values, (BLOCK // 2, 2)))
+        values = tl.interleave(even * cosine - odd * sine, odd * cosine + even * sine)
+    tl.store(out + row.to(tl.int64) * ROW_SIZE + column, values.to(out.dtype.element_ty), inside)
 
 
-def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: float = 1e-5) -> Tensor:
+def norm_rope(x: Tensor, weight: Tensor, rotation: Tensor | None, epsilon: float = 1e-5, factor: float = 1.0) -> Tensor:
     """See `reference.norm_rope`."""
     samples, tokens, width = x.shape
     output, block = x.new_empty(x.shape), padded_row_size(width)
-    strides = [stride for tensor in (x, cosine, sine) for stride in broadcast_strides(tensor)]
+    table = None if rotation is None else rotation.flatten(2)
+    strides = [stride for tensor in (x, table) for stride in broadcast_strides(tensor)]
     with device_of(x):
         _norm_rope[(samples * tokens,)](
             output,
             x,
             weight,
-            cosine,
-            sine,
+            table,
             tokens,
             *strides,
             epsilon,
+            factor,
             ROW_SIZE=width,
             BLOCK=block,
             num_warps=warps_for(block),

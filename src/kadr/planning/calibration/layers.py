@@ -11,12 +11,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from kadr.kernels.attention import attend
 from kadr.kernels.cpu.winograd import F23, F43
 from kadr.memory.device import has_fast_int8
 from kadr.models.block_inputs import BlockInputs
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.vae.blocks import ResnetBlock3D
-from kadr.nn.attention import attend
 from kadr.nn.temporal_cache import TemporalCache
 from kadr.planning.calibration.calibration import (
     INT8,
@@ -78,7 +78,7 @@ class LayerMeter:
             points = []
             for tokens in GPU_ATTENTION_TOKENS if self._on_gpu else ATTENTION_TOKENS:
                 q, k, v = (self._randn(1, tokens, heads, head_dim).transpose(1, 2) for _ in range(3))
-                seconds = self.clock.fastest(partial(attend, q, k, v, None, bf16_logits=False))
+                seconds = self.clock.fastest(partial(attend, q, k, v))
                 points.append((tokens, seconds / (4 * tokens**2 * heads * head_dim)))
             curves[head_dim] = Curve.from_points(points)
         return curves

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from math import prod
 
-from kadr.kernels.cpu import attention as cpu_attention
+from kadr.kernels.attention import MIN_CPU_LOGITS
+from kadr.kernels.cpu.attention import WEIGHT_BYTES
+from kadr.kernels.cpu.tokens import SLICE_ELEMENTS
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
@@ -59,9 +61,10 @@ def winograd_workspace_bytes(
     return groups * (inputs * input_numbers + outputs * output_numbers) * itemsize
 
 
-def rope_bytes(config: TransformerConfig, tokens: int, itemsize: int) -> tuple[int, int]:
-    """Returns the bytes of the RoPE table while it is computed, in float32, and afterwards: cosines and sines."""
-    return 3 * tokens * config.width * _FP32_BYTES, 2 * tokens * config.width * itemsize
+def rope_bytes(config: TransformerConfig, tokens: int) -> tuple[int, int]:
+    """Returns the bytes of the RoPE table while it is computed, and afterwards: cosines and sines of pairs, float32."""
+    table = tokens * config.width * _FP32_BYTES
+    return table + table // 2, table  # beside the angles
 
 
 def text_kv_bytes(
@@ -96,20 +99,24 @@ def transformer_activation_bytes(
     width = config.width
     x, text, sigmas = batch * tokens * width, batch * text_tokens * width, batch * (tokens if per_token_sigmas else 1)
     # Feed-forward: the block's input, the residual stream, the modulated one; four times as much hidden, and its GELU.
-    feed_forward = (3 + 4 + 4) * x
-    logits = 0
+    largest = (3 + 4 + 4) * x * itemsize
     if fused_gelu:
-        # Then the peak is in the self-attention, where RMSNorm has float32 copies beside queries, keys and values.
-        logits = _attention_logits_bytes(config, tokens)
-        feed_forward = (11 if logits else 10) * x
+        # The same without GELU's input, but with the output; or the self-attention: input, residual stream, queries,
+        # keys, values and the output, and what the kernels work on.
+        largest = max(8 * x * itemsize, 6 * x * itemsize + _cpu_slice_bytes(config, tokens))
     # A block's first cross-attention: output of the self-attention, residual stream; then the norm of the keys.
-    cross_attention = 3 * x + _rms_norm_copies(itemsize) * text
+    cross_attention = (3 * x + (2 if fused_gelu else _rms_norm_copies(itemsize)) * text) * itemsize
     adaln = (1 + 6 + 6) * sigmas * width  # the embedded timestep, its six rows for all blocks, and those of a block
     return (
-        (max(feed_forward, cross_attention) + adaln + perturbed_samples * tokens * width) * itemsize
-        + logits
-        + KERNEL_WORKSPACE_BYTES
+        max(largest, cross_attention) + (adaln + perturbed_samples * tokens * width) * itemsize + KERNEL_WORKSPACE_BYTES
     )
+
+
+def _cpu_slice_bytes(config: TransformerConfig, tokens: int) -> int:
+    """Returns the bytes of the slices that `kernels.cpu.tokens` or `kernels.cpu.attention` work on."""
+    norm = min(tokens * config.width, SLICE_ELEMENTS) * _FP32_BYTES
+    has_slices = config.num_heads * tokens**2 >= MIN_CPU_LOGITS
+    return max(norm, min(2 * tokens**2, WEIGHT_BYTES) if has_slices else 0)
 
 
 def lora_activation_bytes(tokens: int, itemsize: int, *, max_rank: int, max_out_features: int, batch: int = 1) -> int:
@@ -120,18 +127,6 @@ def lora_activation_bytes(tokens: int, itemsize: int, *, max_rank: int, max_out_
         max_out_features: largest output width of an adapted layer.
     """
     return batch * tokens * (2 * max_rank * _FP32_BYTES + 2 * max_out_features * itemsize)
-
-
-def _attention_logits_bytes(config: TransformerConfig, tokens: int) -> int:
-    """Returns the bytes of `kernels.cpu.attention`: logits of some heads in float32, and their softmax in bfloat16."""
-    head = 4 * tokens**2
-    if (
-        tokens < cpu_attention.MIN_LENGTH
-        or config.head_dim > cpu_attention.MAX_HEAD_DIM
-        or head > cpu_attention.MAX_LOGIT_BYTES
-    ):
-        return 0
-    return min(config.num_heads, cpu_attention.MAX_LOGIT_BYTES // head) * (head * 3 // 2 + 2 * tokens * config.head_dim)
 
 
 def step_cache_bytes(

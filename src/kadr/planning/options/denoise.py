@@ -144,7 +144,7 @@ def _add_lora_bytes(context: StageContext, weights: WeightBytes, option: WeightO
 
 def _workspace_bytes(context: StageContext, pass_index: int, resolved_pass: ResolvedPass, tokens: int) -> int:
     config, prompt_tokens = context.spec.transformer_config_of(pass_index), _prompt_tokens(context, resolved_pass)
-    rope_peak, rope_table = activations.rope_bytes(config, tokens, context.itemsize)
+    rope_peak, rope_table = activations.rope_bytes(config, tokens)
     batch = 2 if context.workload.guidance_batch and resolved_pass.uses_cfg else 1
     longest = max(prompt_tokens)
     evaluation = activations.transformer_activation_bytes(

@@ -12,8 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kadr.kernels import fused, reference
-from kadr.nn import attention
+from kadr.kernels import attention, fused, reference
 from kadr.selftest import figures
 from kadr.selftest.result import Check, at_most
 from kadr.selftest.subject import NOISE, Subject
@@ -23,7 +22,7 @@ MAX_KERNEL_ERRORS = {torch.float32: 1e-3, torch.bfloat16: 0.03}
 # 8-bit codes are off by half a step: in int8 by 0.004 of the largest of a row, which is 3 to 4 times its rms; in fp8 by
 # 1/32 of the value.
 MAX_CODE_ERRORS = {torch.int8: 0.02, torch.float8_e4m3fn: 0.05}
-MAX_BF16_LOGITS_ERROR = 0.05
+MAX_ROUNDED_ERROR = 0.05
 TEXT_TOKENS, MASKED_TOKENS = 64, 20
 
 
@@ -51,13 +50,13 @@ def _check_token_kernels(subject: Subject, dtype: torch.dtype) -> Iterator[Check
     x, branch = (_draw(subject, name, 1, count, width).to(dtype) for name in ("x", "branch"))
     scale, shift, gate = (0.2 * _draw(subject, name, 1, 1, width).to(dtype) for name in ("scale", "shift", "gate"))
     weight = 1 + 0.1 * _draw(subject, "weight", width).to(dtype)
-    angle = _draw(subject, "angle", 1, count, width // 2).repeat_interleave(2, -1)
-    cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = _draw(subject, "angle", 1, count, width // 2)
+    rotation = torch.stack([angle.cos(), angle.sin()], dim=-1)
     cases: dict[str, tuple[Tensor, ...]] = {
         "norm_modulate": (x, scale, shift),
         "gate_residual": (x, gate, branch),
         "gate_residual_norm_modulate": (x, gate, branch, scale, shift),
-        "norm_rope": (x, weight, cosine, sine),
+        "norm_rope": (x, weight, rotation),
     }
     for name, arguments in cases.items():
         actual = getattr(fused, name)(*arguments)
@@ -115,15 +114,15 @@ def _check_image_kernels(subject: Subject, dtype: torch.dtype) -> Iterator[Check
 def _check_attention(subject: Subject, dtype: torch.dtype) -> Iterator[Check]:
     config, count = subject.spec.transformer_config, subject.grid.num_tokens
     draw = partial(_draw, subject)
-    q = draw("q", 1, config.num_heads, count, config.head_dim).to(dtype)
+    q = (draw("q", 1, config.num_heads, count, config.head_dim) * config.head_dim**-0.5).to(dtype)
+    limits = MAX_KERNEL_ERRORS[dtype], MAX_ROUNDED_ERROR if dtype == torch.bfloat16 else MAX_KERNEL_ERRORS[dtype]
     bias = torch.zeros(1, 1, 1, TEXT_TOKENS, device=subject.device, dtype=dtype)
     bias[..., -MASKED_TOKENS:] = -10000.0
     for name, length, mask in (("self-attention", count, None), ("cross-attention", TEXT_TOKENS, bias)):
         k, v = (draw(part, 1, config.num_heads, length, config.head_dim).to(dtype) for part in ("k", "v"))
-        logits = q.float() @ k.float().transpose(-1, -2) / config.head_dim**0.5
+        logits = q.float() @ k.float().transpose(-1, -2)
         weights = (logits if mask is None else logits + mask.float()).softmax(-1)
         expected = weights @ v.float()
-        for bf16_logits in (False, True):
-            actual = attention.attend(q, k, v, mask, bf16_logits=bf16_logits)
-            limit = MAX_BF16_LOGITS_ERROR if bf16_logits and dtype == torch.bfloat16 else MAX_KERNEL_ERRORS[dtype]
-            yield compare_rows(f"{name}{' with bfloat16 logits' * bf16_logits}", actual, expected, limit)
+        for may_round in (False, True):
+            actual = attention.attend(q, k, v, mask, may_round=may_round)
+            yield compare_rows(f"{name}{' beside 8-bit products' * may_round}", actual, expected, limits[may_round])
