@@ -98,14 +98,13 @@ def test_fp8_matmul_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tuned_attention(autotuner: AttentionAutotuner, monkeypatch: pytest.MonkeyPatch) -> AttentionAutotuner:
     """The fake autotuner, used by every attention of a model."""
-    from kadr.nn import attention as layer
 
     def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, *, bf16_logits: bool
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, *, may_round: bool
     ) -> torch.Tensor:
         return autotuner.pick(q, k, v, bias).run(q, k, v, bias)
 
-    monkeypatch.setattr(layer, "attend", attend)
+    monkeypatch.setattr(attention, "attend", attend)
     return autotuner
 
 
