@@ -6,7 +6,16 @@ import torch
 
 from kadr.errors import KadrError
 
-_OOM_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")  # of torch, on CPUs and on Apple GPUs
+# Of torch, on CPUs, on Apple GPUs and on a GPU's libraries: cuBLAS, cuDNN and AMD's allocate memory besides torch.
+_OOM_MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",
+    "_ALLOCATION_FAILED",
+    "rocblas_status_memory_error",
+    "miopenStatusAllocFailed",
+)
 # CUDA errors after which every later call of the process fails too, whichever kernel caused them: cudaError_t 214, 220,
 # 700, 702, 710 and 714 to 719. CUDA reports them late, at a call that may have nothing to do with them.
 _FATAL_CUDA_MESSAGES = (

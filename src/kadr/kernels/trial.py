@@ -1,7 +1,7 @@
 """Checks every kernel once against its definition, on the first inputs that it gets.
 
 A kernel is compiled on the machine that it runs on, for a GPU that its author may never have had. So its definition
-runs beside it the first time. A kernel that fails or differs is not used from then on, and gives a warning.
+computes a corner of its first result too. A kernel that fails or differs is not used from then on, and gives a warning.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kadr.kernels.error_kinds import is_fatal_cuda_error, is_out_of_memory
 Result = TypeVar("Result")
 Capability = tuple[int, int]
 TRITON_MIN_CAPABILITY: Capability = (8, 0)  # Ampere, the first with bfloat16
+NO_TRITON: Capability = (0, 0)
 # The definition's roundings to bfloat16 move a twentieth of the fp8 codes by one step, which is an error of 0.015.
 TRIAL_MAX_RELATIVE_ERROR = 0.05
 CORNER_SIZE = 8  # elements compared at the end of each axis: errors in offsets show furthest in memory
@@ -69,8 +70,16 @@ def may_use_kernel(x: Tensor) -> bool:
 
 
 def is_supported(device: torch.device, min_capability: Capability = TRITON_MIN_CAPABILITY) -> bool:
-    """Returns whether kernels support a device."""
-    return device.type == "cuda" and _capability(device) >= min_capability
+    """Returns whether kernels of this capability support a device.
+
+    The numbers of AMD's GPUs mean other things than NVIDIA's: there, kernels run that need no more than the first
+    capability, and none in 8-bit floats, which few of them have in this encoding.
+    """
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is not None:
+        return min_capability <= TRITON_MIN_CAPABILITY and _capability(device) > NO_TRITON
+    return _capability(device) >= min_capability
 
 
 def reset() -> None:
@@ -80,29 +89,30 @@ def reset() -> None:
 
 @cache
 def _capability(device: torch.device) -> Capability:
-    """Returns the compute capability of a CUDA device; (0, 0) where triton is not installed."""
-    return torch.cuda.get_device_capability(device) if importlib.util.find_spec("triton") else (0, 0)
+    """Returns the compute capability of a CUDA device; `NO_TRITON` where triton is not installed."""
+    return torch.cuda.get_device_capability(device) if importlib.util.find_spec("triton") else NO_TRITON
 
 
 def _try_kernel(
     module_name: str, definition: Callable[..., Result], arguments: tuple[Any, ...], key: Hashable
 ) -> Result:
-    expected = definition(*arguments)
-    has_out_argument = any(expected is argument for argument in arguments)
-    if has_out_argument:  # which the kernel will overwrite
-        expected = expected.clone()  # type: ignore[attr-defined]
+    """Runs a kernel for the first time, and its definition beside it on a corner of the inputs.
+
+    The whole definition may take many times the memory of the kernel, which is all that was planned for.
+    """
     try:
         kernel = getattr(import_module(f"kadr.kernels.triton.{module_name}"), definition.__name__)
         output = kernel(*arguments)
-        error = _relative_error(output, expected)
+        corner = (_corner(value).clone() if isinstance(value, Tensor) else value for value in arguments)
+        error = _relative_error(output, definition(*corner), arguments[0].shape)
     except Exception as failure:  # compilers, linkers and drivers raise their own types
         if isinstance(failure, KadrError) or is_fatal_cuda_error(failure):
             raise
         if not is_out_of_memory(failure):
             return _reject_kernel(key, definition, arguments, f"it fails with {type(failure).__name__}: {failure}")
-        error = None  # the two did not fit side by side, which says nothing about the kernel
+        error = None  # which says nothing about the kernel
     if error is None:
-        return definition(*arguments) if has_out_argument else expected
+        return definition(*arguments)
     if error > TRIAL_MAX_RELATIVE_ERROR:
         return _reject_kernel(key, definition, arguments, f"its result is {100 * error:.1f} % off")
     _verdicts[key] = kernel
@@ -120,21 +130,35 @@ def _reject_kernel(key: Hashable, definition: Callable[..., Result], arguments: 
     return definition(*arguments)
 
 
-def _relative_error(output: Any, expected: Any) -> float | None:
-    """Returns the largest relative error of the output tensors; None where an expected one is not finite."""
-    pairs = [(output, expected)] if isinstance(expected, Tensor) else list(zip(output, expected, strict=True))
-    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
-        return float("inf")
+def _relative_error(output: Any, expected: Any, shape: torch.Size) -> float | None:
+    """Returns the largest relative error of a kernel's output tensors; None where an expected one is not finite.
+
+    Args:
+        output: tensor or tensors of the whole, from inputs of this shape. One axis, that of the rows, may differ.
+        expected: the corner of each, by the definition.
+    """
     errors = []
-    for actual, correct in ((_corner(a), _corner(b)) for a, b in pairs):
-        if not bool(correct.isfinite().all()):
+    for actual, correct in zip(*map(_as_tuple, (output, expected)), strict=True):
+        axis, wide = _row_axis(correct), correct.float()
+        whole_shape = (*shape[:axis], correct.shape[axis], *shape[axis + 1 :])
+        if actual.dtype != correct.dtype or actual.shape != whole_shape:
+            return float("inf")
+        if not bool(wide.isfinite().all()):
             return None
-        error = float((actual - correct).norm() / correct.norm().clamp_min(1e-30))
+        error = float((_corner(actual).float() - wide).norm() / wide.norm().clamp_min(1e-30))
         errors.append(float("inf") if error != error else error)
     return max(errors)
 
 
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
 def _corner(x: Tensor) -> Tensor:
-    """Returns the end of x along every axis but that of its rows, in fp32."""
-    row_axis = 1 if x.dim() == 5 else x.dim() - 1
-    return x[tuple(slice(None) if axis == row_axis else slice(-CORNER_SIZE, None) for axis in range(x.dim()))].float()
+    """Returns the end of x along every axis but that of its rows."""
+    return x[tuple(slice(None) if axis == _row_axis(x) else slice(-CORNER_SIZE, None) for axis in range(x.dim()))]
+
+
+def _row_axis(x: Tensor) -> int:
+    """Returns the axis of channels of a video (B, C, F, H, W), and the last of anything else."""
+    return 1 if x.dim() == 5 else x.dim() - 1
