@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -235,6 +236,70 @@ def test_an_error_that_says_nothing_about_a_graph_is_raised(error: BaseException
     graphed(*inputs())
     with pytest.raises(type(error)):
         graphed(*inputs())
+
+
+@pytest.mark.parametrize("error", [ValueError("no such block size"), AssertionError("in a compiler"), KeyError("x")])
+def test_any_error_of_a_library_during_a_capture_leaves_the_eager_call(error: Exception) -> None:
+    graphed = GraphedCallable(scale_and_shift, backend=FailingBackend(error))
+    graphed(*inputs())
+    with pytest.warns(KadrWarning, match=f"capture failed.*{type(error).__name__}"):
+        assert torch.equal(graphed(*inputs()), scale_and_shift(*inputs()))
+    assert torch.equal(graphed(*inputs()), scale_and_shift(*inputs()))
+    assert graphed.replay_count == 0
+
+
+def test_an_error_of_the_function_itself_is_raised() -> None:
+    def fails(x: Tensor) -> Tensor:
+        if len(calls) > 1:
+            raise KeyError("a bug")
+        calls.append(x)
+        return x
+
+    calls: list[Tensor] = []
+    graphed = GraphedCallable(fails, backend=FakeBackend())
+    graphed(torch.ones(2))
+    calls.append(torch.ones(2))
+    with pytest.warns(KadrWarning, match="capture failed"), pytest.raises(KeyError, match="a bug"):
+        graphed(torch.ones(2))
+
+
+def test_a_failed_capture_leaves_the_stream_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own context is used; only CUDA below it is faked."""
+    streams = ["default"]
+
+    class StreamContext:
+        def __init__(self, stream: str) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.previous, streams[0] = streams[0], self.stream
+
+        def __exit__(self, *error: object) -> None:
+            streams[0] = self.previous
+
+    class Graph:
+        replay = None
+
+        def capture_begin(self, *arguments: Any, **options: Any) -> None:
+            assert streams[0] == "capture"
+
+        def capture_end(self) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "Stream": lambda: "capture",
+        "graph_pool_handle": lambda: 0,
+        "stream": StreamContext,
+        "device": lambda device: nullcontext(),
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaGraphBackend().capture(lambda: 1 / 0, torch.device("cuda", 0))
+    assert streams == ["default"]
 
 
 def test_outputs_that_are_not_finite_give_no_verdict() -> None:

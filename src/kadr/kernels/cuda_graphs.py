@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kadr.cancellation import check_cancelled, use_token
-from kadr.errors import KadrWarning
+from kadr.errors import KadrError, KadrWarning
 from kadr.kernels import mode
 from kadr.kernels.error_kinds import is_fatal_cuda_error, is_out_of_memory
 
@@ -63,7 +63,11 @@ class CudaGraphBackend:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             stream, pool = self._stream_and_pool(device)
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            # torch's context leaves its stream current where ending the capture fails; the one around it does not.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 output = function()
         return graph.replay, output
 
@@ -177,10 +181,10 @@ class GraphedCallable:
             self._graphs.popitem(last=False)
         try:
             graph, output = self._capture_and_check(arguments)
-        except RuntimeError as error:
-            if is_fatal_cuda_error(error):
+        except Exception as error:  # compilers and libraries raise their own types; an eager call repeats a real one
+            if isinstance(error, KadrError) or is_fatal_cuda_error(error):
                 raise
-            failure, is_memory_short = str(error), _ran_out_of_memory(error)
+            failure, is_memory_short = f"{type(error).__name__}: {error}", _ran_out_of_memory(error)
         else:
             if graph is not None:
                 self._graphs[shape] = graph
