@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from ltx_video.models.autoencoders.causal_conv3d import CausalConv3d as OfficialCausalConv3d
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kadr.nn.conv import CausalConv3d
+from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
+from kadr.models.vae import VAE
+from kadr.nn.conv import CausalConv3d, Conv2d, Conv3d
 from kadr.nn.temporal_cache import TemporalCache
+from tests import tiny_models
 from tests.oracles import randn, relative_error
 from tests.tiny_models import build_random
 
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 1, 1), (1, 2, 2)]
 
 
@@ -73,3 +80,45 @@ def test_conv_caches_at_most_two_frames():
         for chunk in randn(1, 5, 12, 4, 4).split([1, 4, 3, 4], dim=2):
             conv(chunk, cache)
             assert cache.get(conv).shape[2] <= 2
+
+
+class RecordConvolutions(TorchDispatchMode):
+    """Records of each convolution whether it may round to TF32; None where torch's flag of the process decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.may_use_tf32 = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in CONVOLUTIONS:
+            self.may_use_tf32.append(None if function is CONVOLUTIONS[0] else args[12])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.float32, False), (torch.bfloat16, None)])
+@torch.no_grad()
+def test_no_convolution_of_float32_on_a_gpu_rounds_to_tf32(dtype, expected, monkeypatch):
+    sizes = {"in_channels": 4, "mid_channels": 32, "num_blocks_per_stage": 1}
+    configs = [UpscalerConfig(**sizes, spatial_upsample=space, temporal_upsample=not space) for space in (True, False)]
+    upscalers = [build_random(partial(LatentUpscaler, config)).to(dtype) for config in configs]
+    vae = build_random(lambda: VAE(tiny_models.vae_config("0.9.5"))).to(dtype)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    with RecordConvolutions() as record:
+        vae.encode(vae.decode(randn(1, tiny_models.CHANNELS, 2, 2, 2).to(dtype), timestep=torch.zeros(1)))
+        for upscaler in upscalers:
+            upscaler(randn(1, 4, 2, 4, 4).to(dtype))
+    assert len(record.may_use_tf32) > 20
+    assert set(record.may_use_tf32) == {expected}
+    assert torch.backends.cudnn.allow_tf32  # of the process, which is not kadr's
+
+
+@pytest.mark.parametrize("layer, shape", [(Conv2d, (2, 4, 7, 8)), (Conv3d, (2, 4, 3, 7, 8))])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"groups": 2, "dilation": 2, "padding": 2}], ids=str
+)
+@torch.no_grad()
+def test_the_explicit_convolution_computes_as_torchs(layer, shape, options, monkeypatch):
+    conv, x = build_random(lambda: layer(4, 6, 3, **options)), randn(*shape)
+    expected = conv(x)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    assert torch.equal(conv(x), expected)

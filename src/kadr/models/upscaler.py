@@ -14,6 +14,7 @@ from kadr.cancellation import check_cancelled
 from kadr.errors import CheckpointError
 from kadr.models.vae.blocks import depth_to_space
 from kadr.models.vae.config import Strides
+from kadr.nn.conv import Conv2d, Conv3d
 from kadr.quoting import quote
 from kadr.validation import check_config_count, check_config_flag
 
@@ -141,9 +142,7 @@ class LatentUpscaler(nn.Module):
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(config.num_blocks_per_stage))
         # A purely spatial upscaler has the released weights of a convolution over single frames.
         self.upsample_conv = (
-            _conv(width, upsampled_width)
-            if config.temporal_upsample
-            else nn.Conv2d(width, upsampled_width, 3, padding=1)
+            _conv(width, upsampled_width) if config.temporal_upsample else Conv2d(width, upsampled_width, 3, padding=1)
         )
         self.post_upsample_res_blocks = nn.ModuleList(ResBlock(width) for _ in range(config.num_blocks_per_stage))
         self.conv_out = _conv(width, config.in_channels)
@@ -173,6 +172,6 @@ class LatentUpscaler(nn.Module):
         return depth_to_space(upsampled.transpose(1, 2), self.config.scale_factors)
 
 
-def _conv(in_channels: int, out_channels: int) -> nn.Conv3d:
+def _conv(in_channels: int, out_channels: int) -> Conv3d:
     """Returns a convolution with zero padding in space and time."""
-    return nn.Conv3d(in_channels, out_channels, 3, padding=1)
+    return Conv3d(in_channels, out_channels, 3, padding=1)

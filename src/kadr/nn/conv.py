@@ -1,7 +1,8 @@
-"""3D convolution over time and space that takes a video chunk by chunk, exactly."""
+"""Convolutions: over time and space, taking a video chunk by chunk, exactly; and torch's, without TF32."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from kadr.cancellation import check_cancelled
@@ -68,7 +69,43 @@ class ChunkedConv3d(nn.Module):
         return x.new_empty(x.shape[0], self.out_channels, 0, height, width)
 
 
-class CausalConv3d(ChunkedConv3d, nn.Conv3d):
+class _FullPrecision(nn.modules.conv._ConvNd):
+    """Computes a convolution of float32 in float32.
+
+    cuDNN would round its inputs to TF32, with 10 bits for 23, and from 9.10.2 to 9.15 gets 3D ones wrong (pytorch pull
+    request 167024). torch's flag for it belongs to the whole process, so every call says it.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not x.is_cuda or x.dtype != torch.float32:
+            return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
+        cudnn, no_padding = torch.backends.cudnn, (0,) * len(self.stride)
+        return torch._convolution(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,
+            transposed=False,
+            output_padding=no_padding,
+            groups=self.groups,
+            benchmark=cudnn.benchmark,
+            deterministic=cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
+            cudnn_enabled=cudnn.enabled,
+            allow_tf32=False,
+        )
+
+
+class Conv2d(_FullPrecision, nn.Conv2d):
+    """torch's, with zero padding, and in float32 without TF32."""
+
+
+class Conv3d(_FullPrecision, nn.Conv3d):
+    """torch's, with zero padding, and in float32 without TF32."""
+
+
+class CausalConv3d(ChunkedConv3d, Conv3d):
     """A chunked convolution with plain weights (C', C, 3, 3, 3) and bias (C')."""
 
     def __init__(

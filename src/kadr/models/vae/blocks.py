@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kadr.kernels import fused
 from kadr.models.vae.config import Strides
-from kadr.nn.conv import CausalConv3d
+from kadr.nn.conv import CausalConv3d, Conv3d
 from kadr.nn.modulation import init_scale_shift_table
 from kadr.nn.norm import ChannelLayerNorm
 from kadr.nn.temporal_cache import TemporalCache, cat_frames
@@ -93,7 +93,7 @@ class ResnetBlock3D(nn.Module):
         self.conv2 = CausalConv3d(out_channels, out_channels, causal=causal)
         if in_channels != out_channels:
             self.shortcut_norm = ChannelLayerNorm(in_channels, eps=1e-6)
-            self.shortcut = nn.Conv3d(in_channels, out_channels, 1)
+            self.shortcut = Conv3d(in_channels, out_channels, 1)
         if timestep_conditioning:
             self.scale_shift_table = init_scale_shift_table(4, in_channels)
         if inject_noise:
