@@ -480,3 +480,15 @@ def test_importing_the_writer_loads_neither_torch_nor_ffmpeg():
     code = "import sys, kadr.media.writer; print([m for m in ('torch', 'av') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SRC)})
     assert done.stdout.strip() == "[]"
+
+
+def test_without_pyav_a_writer_and_a_reader_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = tmp_path / "in.mp4"
+    clip.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MediaError, match=r"PyAV, which cannot be imported.*pip install av"):
+        VideoWriter(tmp_path / "out.mp4", Size(64, 64), fps=24)
+    with pytest.raises(MediaError, match="pip install av"):
+        read_video(clip)

@@ -22,6 +22,7 @@ from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
 from kadr.json_reader import parse_json
 from kadr.media.known_headers import find_known_header
+from kadr.media.pyav import check_pyav
 from kadr.media.writer import COMMENT_KEY, swscale_flags
 from kadr.regular_file import require_regular
 
@@ -309,6 +310,7 @@ def _decode_frames(container: InputContainer) -> Iterator[av.VideoFrame]:
 @contextmanager
 def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
     """Opens a video for reading; errors in the block become MediaErrors too."""
+    check_pyav()
     import av
 
     try:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from kadr.errors import MediaError
 from kadr.media.image import ImageInput, Notify, crop_box, display_name, load_image
+from kadr.media.pyav import check_pyav
 from kadr.media.writer import MAX_CRF
 from kadr.shapes import Size
 from kadr.validation import is_whole_number
@@ -158,6 +159,7 @@ def compress(pixels: np.ndarray, crf: int = DEFAULT_IMAGE_CRF) -> np.ndarray:
 
     Source: ltx_video/pipelines/crf_compressor.py, with its settings and plain colour conversions.
     """
+    check_pyav()
     import av
 
     height, width = (side // 2 * 2 for side in pixels.shape[:2])

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from kadr.cancellation import check_cancelled, remove_if_ended
 from kadr.errors import MediaError
 from kadr.file_names import is_allowed_name, replace_file
+from kadr.media.pyav import check_pyav
 from kadr.quoting import quote
 from kadr.shapes import Size
 from kadr.validation import check_path, is_whole_number
@@ -77,6 +78,7 @@ class VideoWriter:
         metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         check_path("the path of the video", path)
+        check_pyav()
         self.path, self.size, self.fps = Path(path), size, _exact_fps(fps)
         self.crf = crf
         self.frames_written = 0
