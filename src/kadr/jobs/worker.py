@@ -36,6 +36,8 @@ from kadr.jobs.engine_maker import Report, Task
 from kadr.jobs.folders import write_result
 from kadr.jobs.job import CANCELLED, DISK_FULL, STORAGE, JobError
 from kadr.kernels.cpu.malloc import tune_malloc
+from kadr.kernels.error_kinds import is_out_of_memory
+from kadr.memory.allocator import use_expandable_segments
 
 BEAT_SECONDS = 1.0
 EXIT_SUPERVISOR_GONE = 3
@@ -172,6 +174,7 @@ def run_worker(connection: Connection, create_maker: MakerFactory) -> None:
             signal.signal(number, signal.SIG_IGN)
     _wake_when_parent_dies()
     tune_malloc()
+    use_expandable_segments()
     _Worker(connection).run(create_maker)
 
 
@@ -257,7 +260,7 @@ def explain(error: BaseException) -> JobError:
             return JobError(code, str(error) or type(error).__name__)
     if isinstance(error, OSError):
         return JobError(STORAGE, _describe(error))
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without loading torch
+    if is_out_of_memory(error):
         return JobError("out_of_memory", "memory is full. Ask for a smaller size, or fewer frames.")
     return JobError("internal", f"unexpected {type(error).__name__}: {error}. This is a bug; please report it.")
 

@@ -1,11 +1,13 @@
-"""Tells errors that mean "this kernel does not support these inputs" from errors that say nothing about a kernel."""
+"""Tells errors that mean "this kernel does not support these inputs" from errors that say nothing about a kernel.
+
+Does not load torch: the command line asks it of any error.
+"""
 
 from __future__ import annotations
 
-import torch
-
 from kadr.errors import KadrError
 
+_TORCH_OOM = "OutOfMemoryError"
 # Of torch, on CPUs, on Apple GPUs and on a GPU's libraries: cuBLAS, cuDNN and AMD's allocate memory besides torch.
 _OOM_MESSAGES = (
     "can't allocate memory",
@@ -37,7 +39,7 @@ _UNSUPPORTED_TYPES = (RuntimeError, ImportError, OSError, TypeError, ValueError,
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or any(kind.__name__ == _TORCH_OOM for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
 

@@ -15,6 +15,7 @@ import typer
 
 from kadr.cli.terminal.signals import CANCELLED, EXIT_CANCELLED
 from kadr.errors import Cancelled, KadrError, KadrWarning
+from kadr.kernels.error_kinds import is_out_of_memory
 from kadr.quoting import MAX_LINE, MAX_QUOTED, one_line, show
 
 MAX_ERROR_LINE = 499  # characters: a message and the "error: " before it
@@ -162,7 +163,7 @@ def _summary(error: Exception) -> str:
 
 def _unexpected_message(error: Exception) -> str:
     summary = _summary(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without loading torch
+    if is_out_of_memory(error):
         return f"memory is full ({summary}). Ask for less: a smaller --size, or fewer --frames."
     return (
         f"unexpected {summary}\n"

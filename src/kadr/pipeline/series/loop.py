@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from kadr.cancellation import check_cancelled
 from kadr.errors import EnhanceError, MediaError, NonFiniteError, PlanError, RequestError
+from kadr.kernels.error_kinds import is_out_of_memory
 
 T = TypeVar("T")
 ERRORS_OF_ONE_VIDEO = (RequestError, MediaError, PlanError, EnhanceError, NonFiniteError)
@@ -43,6 +44,4 @@ def concerns_one_video(error: Exception) -> bool:
     if isinstance(error, ERRORS_OF_ONE_VIDEO):
         cause = error.__cause__
         return not (isinstance(cause, OSError) and cause.errno in FULL_DISK)
-    from kadr.kernels.error_kinds import is_out_of_memory  # loads torch
-
     return is_out_of_memory(error)
