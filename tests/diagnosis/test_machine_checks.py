@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kadr.diagnosis.finding import ERROR, NOTE, SPEED
+from kadr.diagnosis.finding import ERROR, NOTE, QUALITY, SPEED
 from kadr.diagnosis.folders import CacheFolder, read_folders
 from kadr.diagnosis.machine import EXTRAS, VARIABLES, Machine, read_machine
 from kadr.diagnosis.machine_checks import DEBUG_VARIABLES, check_machine
@@ -58,6 +58,12 @@ def test_a_machine_that_is_well_has_no_findings() -> None:
             SPEED,
             "GPU",
             "python -c 'import torch; torch.cuda.init()'",
+        ),
+        (
+            {"cudnn_fault": "cuDNN 9.10.2 computes some wrong: pip install 'nvidia-cudnn-cu12>=9.15.1'."},
+            QUALITY,
+            "cuDNN",
+            "pip install 'nvidia-cudnn-cu12>=9.15.1'",
         ),
         ({"has_bfloat16": False}, SPEED, "dtype", "--quant int8"),
         ({"has_fast_int8": False}, NOTE, "int8", ""),

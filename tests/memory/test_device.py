@@ -8,10 +8,20 @@ import sys
 import psutil
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kadr.errors import RequestError
+from kadr.kernels import fp8
 from kadr.memory import device
-from kadr.memory.device import FP32_MAX_PARAMETERS, free_bytes, pick_device, pick_dtype, total_bytes, used_bytes
+from kadr.memory.device import (
+    FP32_MAX_PARAMETERS,
+    explain_cudnn,
+    free_bytes,
+    pick_device,
+    pick_dtype,
+    total_bytes,
+    used_bytes,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -24,7 +34,7 @@ def set_devices(patch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = Fa
 
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"),
-    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+    [(True, True, "cuda:0"), (True, False, "cuda:0"), (False, True, "mps"), (False, False, "cpu")],
 )
 def test_auto_picks_the_fastest_available_device(
     cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -37,6 +47,31 @@ def test_auto_picks_the_fastest_available_device(
 def test_device_may_have_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
     set_devices(monkeypatch, cuda=True)
     assert pick_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_without_a_number_is_the_current_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors name theirs with a number: what is remembered by device would not be found without it."""
+    set_devices(monkeypatch, cuda=True)
+    assert pick_device(name) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert pick_device(name) == torch.device("cuda", 1)
+
+
+def test_the_fp8_matmul_that_was_selected_for_a_model_is_the_one_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trial inside of the compiler would be traced into the graph."""
+    set_devices(monkeypatch, cuda=True)
+    trials = []
+    monkeypatch.setattr(fp8, "_first_correct_matmul", lambda *key: trials.append(key) or fp8.FP32_MATMUL)
+    fp8.reset()
+    fp8.select_matmul(pick_device("auto"), torch.bfloat16)
+    with FakeTensorMode():
+        fp8.select_matmul(torch.empty(2, device="cuda").device, torch.bfloat16)
+    fp8.reset()
+    assert len(trials) == 1
 
 
 @pytest.mark.parametrize("name", ["gpu", "CUDA", "", "xla", "tpu:0", "nvidia"])
@@ -119,6 +154,33 @@ def test_used_memory_is_that_of_the_process_and_its_children() -> None:
 def test_used_memory_of_a_gpu_is_what_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 80))
     assert used_bytes(CUDA) == 70
+
+
+def test_memory_that_torch_keeps_for_reuse_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second request finds the first one's memory in torch's cache, which CUDA counts as taken."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_bytes(CUDA) == 40
+
+
+@pytest.mark.parametrize(
+    ("version", "is_good"),
+    [(90100, True), (90701, True), (90800, False), (91002, False), (91500, False), (91501, True), (92000, True)],
+)
+def test_cudnn_with_wrong_3d_convolutions_is_named_with_its_remedy(
+    version: int, is_good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    message = explain_cudnn(CUDA)
+    assert (message == "") is is_good
+    if version == 91002:
+        assert "cuDNN 9.10.2 " in message
+        assert "pip install 'nvidia-cudnn-cu13>=9.15.1'" in message
+    assert explain_cudnn(CPU) == ""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert explain_cudnn(CUDA) == ""
 
 
 def test_free_memory_is_in_bytes() -> None:

@@ -123,6 +123,16 @@ def test_dtype_that_is_not_bfloat16_is_said_when_a_model_is_opened(
     assert "float32 is used" in engine.spec.notices[0]
 
 
+def test_a_bad_cudnn_is_said_when_a_model_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tiny_models.write_model(tmp_path)
+    pretend_gpu(monkeypatch, AMPERE)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    with pytest.warns(KadrWarning, match=r"cuDNN 9\.10\.2"):
+        spec = Engine.open(home / tiny_models.MODEL_FILE, device="cuda").spec
+    assert any("9.15.1" in notice for notice in spec.notices)
+
+
 class RefuseMissingDtypes(TorchDispatchMode):
     """Raises where an operator makes a tensor that MPS cannot hold. Operators run on the CPU: its dtypes are MPS's."""
 

@@ -24,6 +24,7 @@ from kadr.memory.cpu import usable_cores
 from kadr.memory.device import (
     FP32_MAX_PARAMETERS,
     container_limit_bytes,
+    explain_cudnn,
     free_bytes,
     has_bfloat16,
     has_fast_int8,
@@ -68,6 +69,7 @@ class Machine:
         has_bfloat16, has_fast_int8: the device computes so itself.
         device: such as "cpu" or "cuda".
         gpu, gpu_driver, cuda: name of the GPU, version of NVIDIA's driver, and of the CUDA that torch was built with.
+        cudnn_fault: what its version of cuDNN costs; "" for a good one.
         dtype: that the model is computed in.
         kernels: "auto", or what KADR_KERNELS says.
         is_calibrated: this machine was measured, in that dtype.
@@ -94,6 +96,7 @@ class Machine:
     gpu: str | None = None
     gpu_driver: str | None = None
     cuda: str | None = None
+    cudnn_fault: str = ""
     dtype: str
     kernels: str = mode.AUTO
     is_calibrated: bool
@@ -135,6 +138,7 @@ def read_machine(device: torch.device, dtype: torch.dtype | None = None) -> Mach
         gpu=described.get("gpu"),
         gpu_driver=_gpu_driver(),
         cuda=torch.version.cuda,
+        cudnn_fault=explain_cudnn(device),
         dtype=str(dtype).removeprefix("torch."),
         kernels=os.environ.get(mode.ENVIRONMENT_VARIABLE, mode.AUTO),
         is_calibrated=_is_calibrated(dtype, device),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 
-from kadr.diagnosis.finding import ERROR, NOTE, SPEED, Finding
+from kadr.diagnosis.finding import ERROR, NOTE, QUALITY, SPEED, Finding
 from kadr.diagnosis.machine import Machine
 from kadr.kernels import mode
 
@@ -92,6 +92,12 @@ def _check_gpu(machine: Machine) -> Iterator[Finding]:
         yield Finding(SPEED, "GPU", message, "python -c 'import torch; torch.cuda.init()'")
 
 
+def _check_cudnn(machine: Machine) -> Iterator[Finding]:
+    message, _, fix = machine.cudnn_fault.partition(": ")
+    if message:
+        yield Finding(QUALITY, "cuDNN", f"{message}.", fix.rstrip("."))
+
+
 def _check_units(machine: Machine) -> Iterator[Finding]:
     if not machine.has_bfloat16:
         message = (
@@ -147,6 +153,7 @@ _CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
     _check_threads,
     _check_load,
     _check_gpu,
+    _check_cudnn,
     _check_units,
     _check_memory,
     _check_disks,

@@ -23,6 +23,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BF16_MIN_CAPABILITY = (8, 0)  # Ampere, the first NVIDIA GPUs with bfloat16
 INT8_MIN_CAPABILITY = (7, 5)  # Turing, the first with int8 matmuls
 BF16_MIN_MACOS = (14, 0)
+# cuDNN from the first up to the second computes large 3D convolutions in bfloat16 wrong on some GPUs (pytorch issue
+# 163539). torch 2.9 avoids cuDNN's for those, and then takes up to 17 times the memory (issue 166643).
+BROKEN_CUDNN, MENDED_CUDNN = 90800, 91501
 FP32_MAX_PARAMETERS = 500_000_000  # a model of fewer parameters runs in fp32: that costs little anywhere
 
 
@@ -37,10 +40,17 @@ def pick_device(name: str) -> torch.device:
         raise RequestError(f"device is {quote(name)}; it must be one of {', '.join(DEVICES)}.")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
-    if not available[kind]:
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    elif not available[kind]:
         raise RequestError(f"device is {quote(name)}, but torch finds none here. Leave out --device, or give cpu.")
-    return _parse_device(name)
+    return with_index(_parse_device(name))
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Returns a CUDA device with its number, as tensors name theirs; without one it is the current device."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
 
 
 def _parse_device(name: str) -> torch.device:
@@ -86,6 +96,25 @@ def explain_dtype(name: str, device: torch.device, parameters: int) -> str:
     if name == "auto":
         return f"{fact}: float32 is used, which takes twice the memory."
     return "" if name == "float32" else f"{fact} and emulates it slowly. Leave out --dtype."
+
+
+def explain_cudnn(device: torch.device) -> str:
+    """Returns what this version of cuDNN costs the VAE on an NVIDIA GPU; "" where it is a good one."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return ""
+    version = torch.backends.cudnn.version() or 0
+    if not BROKEN_CUDNN <= version < MENDED_CUDNN:
+        return ""
+    package = f"nvidia-cudnn-cu{str(torch.version.cuda).partition('.')[0]}"
+    return (
+        f"cuDNN {_cudnn_name(version)} computes large 3D convolutions in bfloat16 wrong on some GPUs, and some "
+        "versions of torch take many times the memory to avoid that: "
+        f"pip install '{package}>={_cudnn_name(MENDED_CUDNN)}'."
+    )
+
+
+def _cudnn_name(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -143,9 +172,13 @@ def move_module(module: M, device: torch.device) -> M:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the free memory of a device; for the CPU, what the system can give without swapping."""
+    """Returns the free memory of a device; for the CPU, what the system can give without swapping.
+
+    On a GPU, memory that torch keeps for reuse in this process is free too.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + kept)
     return min(psutil.virtual_memory().available, cgroup.free_memory_bytes())
 
 

@@ -12,7 +12,7 @@ from kadr.checkpoints.lora.file import LoraFile
 from kadr.checkpoints.predict import predict_lora, predict_text_encoder
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError, KadrWarning, RequestError
-from kadr.memory.device import explain_dtype, pick_device, pick_dtype
+from kadr.memory.device import explain_cudnn, explain_dtype, pick_device, pick_dtype
 from kadr.models.registry import LORA, Recipe, Release
 from kadr.quant.weight_formats import NONE, check_weight_format
 from kadr.quoting import quote
@@ -91,7 +91,9 @@ def open_spec(options: SpecOptions) -> ModelSpec:
         require_matching_text_encoder(text_encoder_checkpoint, transformer)
     parameters = _count_parameters((*transformers, vae_checkpoint))
     choice = resolve_weight_format(options.quant, transformers, device)
-    notices = tuple(filter(None, (choice.notice, explain_dtype(options.dtype, device, parameters))))
+    notices = tuple(
+        filter(None, (choice.notice, explain_dtype(options.dtype, device, parameters), explain_cudnn(device)))
+    )
     for notice in notices:
         warnings.warn(KadrWarning(notice, topic="device"), stacklevel=3)
     first_recipe = options.recipe or (release.recipe if release else Recipe())
