@@ -17,7 +17,7 @@ export PIP_RETRIES ?= 5
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: all help .venv demo test fuzz faults load image check parity format bench demo-model clean
+.PHONY: all help .venv demo test fuzz faults load image check parity kernels format bench demo-model clean
 
 all: .venv
 	@$(MAKE) --no-print-directory help
@@ -97,6 +97,9 @@ check: .venv/.test  ## style, types and contracts, in about a minute
 # One thread: the modules are small, and two threads would mostly wait for each other.
 parity: .venv/.test  ## measure kadr against its oracles and write docs/parity.md, in a few minutes
 	OMP_NUM_THREADS=1 $(PY) -m tests.write_parity
+
+kernels: .venv/.test  ## compile every Triton kernel for every GPU and write docs/reference/kernels.md, in five minutes
+	OMP_NUM_THREADS=1 $(PY) -m tests.write_kernels
 
 format: .venv/.test  ## put the code in shape
 	$(PY) -m ruff check --fix .

@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU agree with their definitions, and compile for current GPUs."""
+"""Without a GPU: Triton kernels agree with their definitions, and compile for current GPUs without a spill."""
 
 from __future__ import annotations
 
@@ -6,51 +6,34 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.kernels import EIGHT_BIT_DTYPES, ModelShape, cases
+from benchmarks.kernels import KernelCase, ModelShape
+from kadr.kernels import fused
 
 pytest.importorskip("triton", reason="triton is for Linux only")
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
+from tests import doc_tables, write_kernels
+from tests.kernels.kernel_targets import DTYPES, SHAPES, TARGETS, NotCompiledError, compiler_for, variants
 
-SMALL_SHAPES = {
-    "2B": ModelShape("2B", 2, 2048, 32, ((512, 1, 2, 4), (128, 1, 4, 8)), 2),
-    "13B": ModelShape("13B", 2, 4096, 32, ((512, 1, 2, 4), (128, 1, 4, 8)), 2),
-}
+SMALL, LARGE = SHAPES
 WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|ld\.global\S*\.b128")  # 16 bytes at a time
+# The other targets, sizes and dtypes are compiled by `make kernels`.
+TESTED = [(target, LARGE, dtype) for target in ("sm80", "sm89", "sm90") for dtype in DTYPES]
+TESTED += [(target, SMALL, torch.bfloat16) for target in ("sm80", "sm89", "sm90", "sm120", "gfx942")]
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], list[Any]]:
-    """Returns a function that sets a capability: later launches are compiled for it, listed, and not run."""
-    compiled_kernels: list[Any] = []
-    launch = jit.JITFunction.run
+def needs_fp8(case: KernelCase) -> bool:
+    return torch.float8_e4m3fn in case.arguments
 
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled_kernels.append(launch(self, *arguments, grid=grid, warmup=True, **options))
 
-    def target(capability: int) -> list[Any]:
-        device = SimpleNamespace(
-            get_current_device=lambda: (
-                -capability
-            ),  # kernels cache what they compiled by device; no real one is below 0
-            get_current_stream=lambda _: 0,
-            get_current_target=lambda: GPUTarget("cuda", capability, 32),
-        )
-        monkeypatch.setattr(driver, "_active", device)
-        return compiled_kernels
-
-    monkeypatch.setattr(jit.JITFunction, "run", compile_only)
-    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
-    return target
+def recorded_figures(target: str) -> write_kernels.Figures:
+    """Returns the figures on the page; {} where it was written with another compiler, which may count otherwise."""
+    is_same = write_kernels.compiler_line() in write_kernels.PAGE.read_text("utf-8")
+    return write_kernels.read_figures(target) if is_same else {}
 
 
 def test_every_kernel_agrees_with_its_definition_interpreted() -> None:
@@ -60,23 +43,42 @@ def test_every_kernel_agrees_with_its_definition_interpreted() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("capability, size", [(80, "2B"), (89, "2B"), (90, "13B"), (120, "2B")])
-def test_every_kernel_compiles(capability: int, size: str, compiled: Callable[[int], list[Any]]) -> None:
-    """For Ampere, Ada, Hopper and Blackwell; fp8 from Ada on. Rows are read 16 bytes at a time."""
-    compiled_kernels = compiled(capability)
-    for case in cases(
-        SMALL_SHAPES[size], "cpu", eight_bit_dtypes=EIGHT_BIT_DTYPES if capability >= 89 else EIGHT_BIT_DTYPES[:1]
-    ):
-        compiled_kernels.clear()
-        case.kernel(*case.arguments)
-        (kernel,) = compiled_kernels
-        assert kernel.asm["cubin"], case
-        assert case.module == "ggml" or WIDE_LOAD.search(kernel.asm["ptx"]), case
+@pytest.mark.parametrize("target, shape, dtype", TESTED, ids=lambda value: getattr(value, "name", str(value)))
+def test_every_kernel_compiles_without_a_spill(target: str, shape: ModelShape, dtype: torch.dtype) -> None:
+    """Rows are read 16 bytes at a time on NVIDIA's GPUs. Only what dispatch refuses there is not compiled."""
+    arch, limits = TARGETS[target].arch, recorded_figures(target)
+    has_fp8 = isinstance(arch, str) or divmod(arch, 10) >= fused.MIN_CAPABILITIES[torch.float8_e4m3fn]
+    with compiler_for(target) as compile_case:
+        for case in variants(shape, dtype):
+            if needs_fp8(case) and not has_fp8:
+                with pytest.raises(NotCompiledError):
+                    compile_case(case)
+                continue
+            compiled = compile_case(case)
+            name = write_kernels.kernel_name(case)
+            limit = limits.get(name, replace(compiled.resources, spills=0))
+            assert write_kernels.largest(limit, compiled.resources) == limit, (name, "to update the page: make kernels")
+            assert case.module == "ggml" or isinstance(arch, str) or WIDE_LOAD.search(compiled.assembler), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_kernel_compiles_in_other_dtypes(dtype: torch.dtype, compiled: Callable[[int], list[Any]]) -> None:
-    compiled_kernels = compiled(90)
-    for case in cases(SMALL_SHAPES["2B"], "cpu", dtype):
-        case.kernel(*case.arguments)
-    assert all(kernel.asm["cubin"] for kernel in compiled_kernels)
+def test_spilled_registers_are_noticed() -> None:
+    """With too few registers the compiler spills, and its report is read."""
+    with compiler_for("sm80", maxnreg=24) as compile_case:
+        (case,) = (
+            case for case in variants(LARGE, torch.float32) if (case.name, case.note) == ("gelu_quantize", "int8")
+        )
+        assert compile_case(case).resources.spills > 0
+
+
+@pytest.mark.parametrize("vendor", write_kernels.TABLES)
+def test_kernels_page_has_every_kernel_and_every_target(vendor: str) -> None:
+    """To update the tables: make kernels."""
+    table = doc_tables.read_table(write_kernels.PAGE.read_text("utf-8"), vendor)
+    head, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    assert head == ["kernel", *write_kernels.targets_of(vendor)]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in write_kernels.kernel_names()]
+    for name, *cells in rows:
+        for cell in cells:
+            figures = write_kernels.FIGURES.fullmatch(cell)
+            assert figures or ("float8" in name and cell == write_kernels.NO_FP8), (name, cell)
+            assert figures is None or figures["spills"] == "0", (name, cell)
