@@ -152,6 +152,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "os.utime": ("OSError is suppressed", {"pipeline/prompt_cache.py"}),
     "os.walk": ("follows no links", {"diagnosis/folders.py", "jobs/folders.py", "spec/model_folders.py"}),
     "os.write": ("to stderr; OSError is suppressed", {"cli/terminal/signals.py"}),
+    "platform.release": ("only on Linux", {"memory/allocator.py"}),
     "resource.RLIMIT_AS": ("only on Linux", {"server/inputs/media_process.py"}),
     "resource.RLIMIT_FSIZE": ("only on Linux", {"server/inputs/media_process.py"}),
     "resource.RLIMIT_NOFILE": ("only if there is such a module", {"server/connections.py"}),

@@ -54,7 +54,7 @@ _device_numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes. registers: of a thread; spills: bytes, on AMD registers, of a thread."""
+    """Figures of a compiled kernel. registers: of a thread; spills: bytes, on AMD registers, of a thread."""
 
     registers: int
     shared_bytes: int

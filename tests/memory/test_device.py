@@ -59,7 +59,7 @@ def test_a_gpu_without_a_number_is_the_current_one(name: str, monkeypatch: pytes
     assert pick_device(name) == torch.device("cuda", 1)
 
 
-def test_the_fp8_matmul_that_was_selected_for_a_model_is_the_one_of_its_tensors(
+def test_the_fp8_matmul_selected_for_a_model_is_that_of_its_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A trial inside of the compiler would be traced into the graph."""

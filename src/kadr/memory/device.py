@@ -177,8 +177,8 @@ def free_bytes(device: torch.device) -> int:
     On a GPU, memory that torch keeps for reuse in this process is free too.
     """
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + kept)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + reusable)
     return min(psutil.virtual_memory().available, cgroup.free_memory_bytes())
 
 
