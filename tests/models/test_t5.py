@@ -92,24 +92,30 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> Non
 
 @pytest.mark.parametrize(
     "config, lengths, longest",
-    [(TINY, [256, 1, 2, 30, 255], 256), (TINY, [9], 9), (XXL_TWO_LAYERS, [24, 1, 7], 24)],
-    ids=["tiny at 256 tokens", "tiny without padding", "XXL width"],
+    [
+        (TINY, [256, 1, 2, 30, 255], 256),
+        (TINY, [100], 256),
+        (TINY, [1], 256),
+        (TINY, [9], 9),
+        (XXL_TWO_LAYERS, [24, 1, 7], 40),
+    ],
+    ids=["full and padded", "padded", "empty prompt", "without padding", "XXL width"],
 )
 @torch.no_grad()
 def test_encoder_equals_transformers_in_fp32(config, lengths, longest, parity):
     encoder = build_encoder(config)
     ids, mask = random_prompts(config, lengths, longest)
-    expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-    ours = encoder(ids, mask)
+    expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
+    ours = encoder(ids, mask)[mask]
     parity("text encoder", f"T5, width {config.d_model}", "transformers", relative_error(ours, expected))
     assert_close(ours, expected)
 
 
 def test_gradients_equal_transformers():
     encoder = build_encoder(TINY)
-    ids, mask = random_prompts(TINY, [40, 13, 1], 40)
+    ids, mask = random_prompts(TINY, [40, 13, 1], 60)
     model = oracle(encoder)
-    direction = torch.randn(3, 40, TINY.d_model, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(3, 60, TINY.d_model, generator=torch.Generator().manual_seed(1)) * mask[:, :, None]
     outputs = encoder(ids, mask), model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     names, weights = zip(*encoder.named_parameters(), strict=True)
     gradients = [torch.autograd.grad((out * direction).sum(), weights) for out in outputs]
@@ -134,9 +140,38 @@ def test_buckets_equal_transformers_at_every_distance(buckets, max_distance):
 @torch.no_grad()
 def test_padding_does_not_change_real_tokens():
     encoder = build_encoder(TINY)
-    ids, mask = random_prompts(TINY, [19], 256)
+    ids, mask = random_prompts(TINY, [19, 4], 256)
     ids[~mask] = 5  # not even if the padding has words
-    assert_close(encoder(ids, mask)[:, :19], encoder(ids[:, :19], mask[:, :19]))
+    assert_close(encoder(ids, mask)[1, :4], encoder(ids[1:, :4], mask[1:, :4])[0])
+
+
+@pytest.mark.parametrize("lengths, computed", [([19], 19), ([1], 1), ([4, 11], 11), ([256], 256), ([0, 5], 256)])
+@torch.no_grad()
+def test_padding_behind_the_longest_prompt_is_zero_and_not_computed(lengths, computed):
+    encoder, seen = build_encoder(TINY), []
+    for block in encoder.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: seen.append([tensor.shape[-2] for tensor in inputs]))
+    ids, mask = random_prompts(TINY, lengths, 256)
+    encoded = encoder(ids, mask)
+    assert seen == TINY.num_layers * [[computed, computed]]
+    assert encoded.shape == (len(lengths), 256, TINY.d_model)
+    assert encoded[:, computed:].eq(0).all()
+    assert encoded[:, :computed].ne(0).all()
+
+
+@torch.no_grad()
+def test_real_tokens_keep_their_positions_behind_padding_at_the_start():
+    encoder = build_encoder(TINY)
+    ids, mask = random_prompts(TINY, [40], 256)
+    mask[0, :17] = mask[0, 30] = False
+    expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    assert_close(encoder(ids, mask)[mask], expected[mask])
+
+
+@torch.no_grad()
+def test_attention_bias_of_fewer_tokens_is_part_of_that_of_more():
+    encoder, mask = build_encoder(TINY), torch.ones(1, 256, dtype=torch.bool)
+    assert torch.equal(encoder._attention_bias(mask[:, :100]), encoder._attention_bias(mask)[:, :, :100, :100])
 
 
 @torch.no_grad()
@@ -147,21 +182,24 @@ def test_integer_mask_equals_boolean_mask():
 
 
 @torch.no_grad()
-def test_sample_of_only_padding_stays_finite():
-    ids, mask = random_prompts(TINY, [0, 5], 8)
-    assert build_encoder(TINY)(ids, mask).isfinite().all()
-
-
-@torch.no_grad()
-def test_bf16_is_finite_and_as_exact_as_transformers():
+def test_sample_of_only_padding_equals_transformers():
     encoder = build_encoder(TINY)
-    ids, mask = random_prompts(TINY, [256, 40, 1], 256)
-    exact = encoder(ids, mask)
+    ids, mask = random_prompts(TINY, [0, 5], 8)
+    expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    assert_close(encoder(ids, mask), expected)
+
+
+@pytest.mark.parametrize("lengths", [[256, 40, 1], [100], [1]], ids=str)
+@torch.no_grad()
+def test_bf16_is_finite_and_as_exact_as_transformers(lengths):
+    encoder = build_encoder(TINY)
+    ids, mask = random_prompts(TINY, lengths, 256)
+    exact = encoder(ids, mask)[mask]
     encoder.to(torch.bfloat16)
-    ours = encoder(ids, mask)
+    ours = encoder(ids, mask)[mask]
     assert ours.dtype == torch.bfloat16
     assert ours.isfinite().all()
-    theirs = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    theirs = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
     error, their_error = ((out.float() - exact).norm() / exact.norm() for out in (ours, theirs))
     assert error <= 1.2 * their_error
     assert error <= 0.05

@@ -22,6 +22,7 @@ from kadr.cancellation import check_cancelled
 from kadr.errors import CheckpointError
 from kadr.nn.init import init_normal
 from kadr.nn.linear import Linear
+from kadr.nn.padding import unpadded_length
 from kadr.quoting import quote
 
 # transformers reads a missing feed_forward_proj as "relu", so that key is required; the others are checked if present.
@@ -232,15 +233,23 @@ class T5Encoder(nn.Module):
         self.final_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encodes tokens.
+        """Encodes tokens. Does not compute the padding behind the longest prompt: no token attends to it.
+
+        A sample that is all padding attends to all of it, as in transformers; then all positions are computed.
 
         Args:
             ids: int64 (B, L), each in [0, vocab_size).
             mask: bool or integer (B, L); true or non-zero for tokens that are not padding. No token attends to padding.
 
         Returns:
-            (B, L, D) in the weights' dtype. Positions of padding have meaningless values: mask them later too.
+            (B, L, D) in the weights' dtype. Padding behind the longest prompt is zero; other padding has meaningless
+            values: mask it later too.
         """
+        longest = unpadded_length(mask)
+        return F.pad(self._encode(ids[:, :longest], mask[:, :longest]), (0, 0, 0, ids.shape[1] - longest))
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encodes tokens (B, L) and computes all positions (B, L, D)."""
         x = self.embedding(ids)
         bias = self._attention_bias(mask).to(x.dtype)
         for block in self.blocks:

@@ -22,6 +22,7 @@ from kadr.models.block_loop import run_blocks, run_blocks_cached
 from kadr.nn.attention import PERTURB_TO_INPUT, PERTURB_TO_VALUES, Attention, KeysValues
 from kadr.nn.linear import Linear, mlp
 from kadr.nn.modulation import compute_adaln_params, init_scale_shift_table
+from kadr.nn.padding import unpadded_length
 from kadr.nn.rope import Rope, rope_table
 from kadr.nn.timestep_embedding import TimestepEmbedding
 from kadr.nn.weak_method import weak_method
@@ -291,9 +292,9 @@ class Transformer(nn.Module):
             text_mask: (B, L), true for tokens that are not padding; None if nothing is padded.
         """
         bias = None
-        if text_mask is not None and bool((text_mask := text_mask.bool()).any(1).all()):
-            longest = int(text_mask.any(0).nonzero().max()) + 1
-            text, text_mask = text[:, :longest], text_mask[:, :longest]
+        if text_mask is not None:
+            longest = unpadded_length(text_mask)
+            text, text_mask = text[:, :longest], text_mask[:, :longest].bool()
         if text_mask is not None and not bool(text_mask.all()):
             bias = ((~text_mask).to(text.dtype) * PADDING_BIAS)[:, None, None, :]
         return TextKVCache(self.caption_proj(text), bias)
