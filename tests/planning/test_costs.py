@@ -185,9 +185,11 @@ def test_perturbed_flops_match_torch(mode: str) -> None:
     assert both == text_kv + transformer_flops(SMALL, 12, batch=2, text_tokens=TEXT_TOKENS) + added
 
 
-def test_text_encoder_flops_match_torch() -> None:
+@pytest.mark.parametrize("length", [1, TEXT_TOKENS])
+def test_text_encoder_flops_match_torch_and_leave_padding_out(length: int) -> None:
     module, ids = T5Encoder(SMALL_T5), torch.zeros(2, TEXT_TOKENS, dtype=torch.int64)
-    assert count_flops(lambda: module(ids, ids == 0)) == text_encoder_flops(SMALL_T5, batch=2, length=TEXT_TOKENS)
+    mask = torch.arange(TEXT_TOKENS).expand(2, -1) < length
+    assert count_flops(lambda: module(ids, mask)) == text_encoder_flops(SMALL_T5, batch=2, length=length)
 
 
 @pytest.mark.parametrize("family", VAES)
@@ -258,13 +260,15 @@ def test_rope_bytes_match_live_tensors(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("length", [32, 256])
-def test_text_encoder_activation_bytes_match_live_tensors(length: int, dtype: torch.dtype) -> None:
-    module, ids = T5Encoder(SMALL_T5).to(dtype), torch.zeros(1, length, dtype=torch.int64)
-    counted = peak_live_bytes(lambda: module(ids, ids == 0))
-    assert counted == pytest.approx(
-        activations.text_encoder_activation_bytes(SMALL_T5, dtype.itemsize, length=length), rel=0.04
+@pytest.mark.parametrize("length, padded_length", [(32, 32), (256, 256), (100, 256), (32, 256), (2, 256)])
+def test_text_encoder_activation_bytes_match_live_tensors(length: int, padded_length: int, dtype: torch.dtype) -> None:
+    module, ids = T5Encoder(SMALL_T5).to(dtype), torch.zeros(1, padded_length, dtype=torch.int64)
+    mask = torch.arange(padded_length)[None] < length
+    counted = peak_live_bytes(lambda: module(ids, mask))
+    predicted = activations.text_encoder_activation_bytes(
+        SMALL_T5, dtype.itemsize, length=length, padded_length=padded_length
     )
+    assert counted == pytest.approx(predicted, rel=0.04)
 
 
 @pytest.mark.usefixtures("no_kernels")

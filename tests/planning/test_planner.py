@@ -21,10 +21,12 @@ from kadr.pipeline.engine import Engine
 from kadr.pipeline.loading import module_loader
 from kadr.pipeline.loading.module_placement import spread_blocks
 from kadr.planning import planner
+from kadr.planning.calibration.storage import current_calibration
 from kadr.planning.costs import images
 from kadr.planning.costs.weight_bytes import weight_bytes
 from kadr.planning.placement import AS_STORED, CONVERTED
 from kadr.planning.plan import Plan
+from kadr.planning.timing.transformer import text_encoder_seconds
 from kadr.quant.layers import Fp8Linear
 from kadr.quant.prepack import should_prepack_convs
 from kadr.request.inputs import Condition
@@ -34,6 +36,7 @@ from kadr.spec import options
 from tests import tiny_models
 from tests.checkpoints.test_load import cast_as_released
 
+CPU = torch.device("cpu")
 REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2, guidance=1.0)
 
 
@@ -73,6 +76,22 @@ def test_with_free_memory_all_components_are_converted_and_cached(open_engine: C
     assert plan.cached_components == {"text encoder", "transformer", "VAE decoder"}
     assert plan.peak_bytes - plan.base_bytes < 50e6
     assert 0 < plan.seconds < 10
+
+
+def test_text_stage_is_planned_for_the_tokens_of_the_prompts(open_engine: Callable[..., Engine]) -> None:
+    engine = open_engine()
+    short, long = (replace(REQUEST, prompt=prompt) for prompt in ("a red circle", "circle " * 120))
+    text_encoder, calibration = engine.spec.text_encoder_checkpoint.config, current_calibration(torch.float32, CPU)
+    seconds, workspaces = [], []
+    for request in (short, long, replace(long, guidance=3.0, negative_prompt="a red circle")):
+        placement, prompts = engine.plan(request).stage("text").placement, engine.resolve(request).all_prompts
+        tokens = tuple(int(engine.spec.tokenizer.encode(prompt).mask.sum()) for prompt in prompts)
+        seconds.append(placement.seconds)
+        workspaces.append(placement.workspace_bytes)
+        assert placement.seconds == pytest.approx(text_encoder_seconds(calibration, text_encoder, tokens, 0.0))
+    assert seconds[2] == pytest.approx(seconds[0] + seconds[1])  # prompts are encoded one after the other
+    assert seconds[1] > 5 * seconds[0]
+    assert workspaces[0] < workspaces[1] == workspaces[2]
 
 
 def test_planning_loads_nothing(open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +166,7 @@ def test_decoder_uses_smaller_chunks_if_memory_is_short(
     engine, long_request = open_engine(), replace(REQUEST, frames=121, size=(96, 96))
     decode = engine.plan(long_request).stage("decode")
     placements = [decode.placement, *decode.fallbacks]
-    is_prepacked = should_prepack_convs(torch.float32, torch.device("cpu"))
+    is_prepacked = should_prepack_convs(torch.float32, CPU)
     expected = [(4, 4), (4, 2), (2, 2), (1, 2)] if is_prepacked else [(4, 0), (2, 0), (1, 0)]
     assert [(placement.chunk_frames, placement.winograd_frames) for placement in placements] == expected
     assert all(larger.device_bytes > smaller.device_bytes for larger, smaller in pairwise(placements))
@@ -236,7 +255,7 @@ def test_auto_quant_uses_8_bits_only_if_stored_weights_do_not_fit(
     monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
     assert formats_and_streaming(engine.plan(REQUEST))["denoise"] == (CONVERTED, False)
     formats = [placement.weight_format for placement in engine.plan(REQUEST).stage("denoise").fallbacks]
-    in_8_bits = "int8" if has_fast_int8(torch.device("cpu")) else "int8-weights"
+    in_8_bits = "int8" if has_fast_int8(CPU) else "int8-weights"
     assert formats == [AS_STORED, in_8_bits]  # the file is in float32
 
 

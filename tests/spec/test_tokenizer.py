@@ -67,6 +67,8 @@ def test_a_missing_tokenizer_is_fetched_once_and_alone(
     assert (remote.sent_files, engine.spec.tokenizer) == ([], None)
     assert engine.generate(REQUEST).frames.shape == (9, 64, 64, 3)
     assert [name for name, _ in remote.sent_files] == ["tokenizer/spiece.model"]
+    known = engine.plan(REQUEST).stage("text").placement
+    assert plan.stage("text").placement.seconds > 5 * known.seconds  # until then, that of prompts of 256 tokens
     assert engine.spec.text_encoder_checkpoint.path == encoder_file
     again = open_model_alone(home, tmp_path / "again", encoder_file)
     assert again.generate(REQUEST).frames.shape == (9, 64, 64, 3)

@@ -159,7 +159,7 @@ class StageCase:
             return None
         if self.stage == TEXT:
             config = self.open_engine(FLOAT32_VARIANT).spec.text_encoder_checkpoint.config
-            return text_encoder_flops(config, length=TEXT_LENGTH)
+            return text_encoder_flops(config, length=REAL_TOKENS)
         if self.stage == ENCODE:
             return vae_encoder_flops(self.vae_config, grid)
         if self.stage == DECODE:

@@ -41,11 +41,11 @@ def plan_request(
         PlanError: it does not fit in memory; carries the shortfall in bytes and suggests what fits.
     """
     has_tokenizer = prompt_encoder.tokenizer is not None
-    num_prompts = len(prompt_encoder.prompts)
+    most_tokens = (MAX_PROMPT_TOKENS,) * len(prompt_encoder.prompts)
     workload = build_workload(
         resolved,
-        prompt_tokens=prompt_encoder.token_counts if has_tokenizer else (MAX_PROMPT_TOKENS,) * num_prompts,
-        prompts_to_encode=prompt_encoder.uncached_count if has_tokenizer else num_prompts,
+        prompt_tokens=prompt_encoder.token_counts if has_tokenizer else most_tokens,
+        tokens_to_encode=prompt_encoder.uncached_token_counts if has_tokenizer else most_tokens,
         stages=stages,
     )
     calibration = current_calibration(spec.dtype, spec.device)

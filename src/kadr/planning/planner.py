@@ -89,7 +89,7 @@ class Planner:
 
     def _all_stage_options(self) -> Iterator[StageOptions]:
         context = StageContext(self.spec, self.workload, self.calibration)
-        if self.workload.prompts_to_encode:
+        if self.workload.tokens_to_encode:
             yield text_options(context)
         if any(self.workload.encode_grids):
             yield encode_options(context)

@@ -19,7 +19,7 @@ class Workload:
     """The workload of a generation.
 
     Args:
-        prompts_to_encode: number of prompts whose embeddings are not in the prompt cache.
+        tokens_to_encode: number of tokens of each prompt whose embeddings are not in the prompt cache.
         prompt_tokens: for each prompt, the tokens that the transformer reads.
         encode_grids: for each pass, the latent grids of images and clips that the VAE encodes.
         condition_tokens: for each pass, the tokens that conditions add.
@@ -35,7 +35,7 @@ class Workload:
     """
 
     passes: tuple[ResolvedPass, ...]
-    prompts_to_encode: int
+    tokens_to_encode: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
     encode_grids: tuple[tuple[LatentGrid, ...], ...]
     condition_tokens: tuple[int, ...]
@@ -80,19 +80,20 @@ def build_workload(
     resolved: ResolvedRequest,
     *,
     prompt_tokens: tuple[int, ...],
-    prompts_to_encode: int,
+    tokens_to_encode: tuple[int, ...],
     stages: Collection[str] = (),
 ) -> Workload:
     """Returns the workload of a resolved request.
 
     Args:
         prompt_tokens: number of tokens of each of `ResolvedRequest.all_prompts`, or an upper bound.
-        prompts_to_encode, stages: see `Workload`.
+        tokens_to_encode: see `Workload`; or an upper bound.
+        stages: see `Workload`.
     """
     uses = _uses(resolved)
     return Workload(
         passes=resolved.passes,
-        prompts_to_encode=prompts_to_encode if not stages or "text" in stages else 0,
+        tokens_to_encode=tokens_to_encode if not stages or "text" in stages else (),
         prompt_tokens=prompt_tokens,
         encode_grids=tuple(_encode_grids(resolved, pass_index) for pass_index in range(len(resolved.passes))),
         condition_tokens=tuple(

@@ -24,7 +24,7 @@ def engine_with_cache(home: Path, tmp_path: Path) -> Engine:
 
 
 def uncached(engine: Engine, prompts: tuple[str, ...]) -> int:
-    return engine._model.prompt_encoder(prompts).uncached_count
+    return len(engine._model.prompt_encoder(prompts).uncached_token_counts)
 
 
 def test_prompts_encoded_ahead_are_in_the_cache(engine_with_cache: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -384,7 +384,7 @@ def test_each_pass_sees_the_control_at_its_own_size(
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     resolved = engine.resolve(replace(TWO_PASSES, controls=(Control(clips(17)),)))
     assert [resolved_pass.size for resolved_pass in resolved.passes] == [Size(64, 32), Size(128, 64)]
-    workload = build_workload(resolved, prompt_tokens=(), prompts_to_encode=0)
+    workload = build_workload(resolved, prompt_tokens=(), tokens_to_encode=())
     assert workload.encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
     with engine.start(resolved, stages=("encode",)) as generation:
         encoded = generation.encode_media()

@@ -52,9 +52,10 @@ class PromptEncoder:
         return [self.prompt_cache.look_up(tokens) for tokens in self.tokens]
 
     @property
-    def uncached_count(self) -> int:
-        """Number of prompts that the text encoder must encode."""
-        return sum(embeddings is None for embeddings in self._embeddings)
+    def uncached_token_counts(self) -> tuple[int, ...]:
+        """Number of tokens of each prompt that the text encoder must encode."""
+        pairs = zip(self.token_counts, self._embeddings, strict=True)
+        return tuple(count for count, embeddings in pairs if embeddings is None)
 
     def encode(self, modules: Modules, watch: Watch) -> list[PromptEmbeddings]:
         """Returns the prompt embeddings, (1, 256, D) each, on the device; zero at padding tokens.
@@ -62,7 +63,7 @@ class PromptEncoder:
         Raises:
             NonFiniteError: the text encoder produced NaN or infinity, in float32 too.
         """
-        if self.uncached_count:
+        if self.uncached_token_counts:
             encode = retry_on_oom(modules, "text", partial(self._encode_uncached, modules, watch))
             retry_in_fp32(modules, "text", encode)
         else:

@@ -156,20 +156,24 @@ def _rms_norm_copies(itemsize: int) -> int:
 
 
 def text_encoder_activation_bytes(
-    config: T5Config, itemsize: int, *, batch: int = 1, length: int = MAX_PROMPT_TOKENS
+    config: T5Config, itemsize: int, *, length: int, padded_length: int, batch: int = 1
 ) -> int:
     """Returns the bytes of encoding prompts with T5, besides its weights.
 
     Args:
         itemsize: bytes per number: 2 or 4.
+        length: tokens of the longest prompt.
+        padded_length: that length with its padding, which is not computed but zero in the result.
         batch: prompts at once.
-        length: tokens of a prompt, with padding.
     """
     x, hidden = (batch * length * width for width in (config.d_model, config.d_ff))
     bias = batch * config.num_heads * length**2
     feed_forward = bias + 3 * x + 3 * hidden  # input, residual stream and its norm; gate, up and their product
     distances = 2 * length**2 * _INT64_BYTES  # while the position bias is looked up: distances and their buckets
-    return max((3 * bias + x) * itemsize + distances, feed_forward * itemsize) + KERNEL_WORKSPACE_BYTES
+    padding = x + batch * padded_length * config.d_model  # the result before and after padding
+    return (
+        max((3 * bias + x) * itemsize + distances, feed_forward * itemsize, padding * itemsize) + KERNEL_WORKSPACE_BYTES
+    )
 
 
 def upscaler_activation_bytes(config: UpscalerConfig, grid: LatentGrid, itemsize: int = _FP32_BYTES) -> int:

@@ -88,10 +88,10 @@ def self_attention_flops(config: TransformerConfig, tokens: int) -> int:
     return config.num_layers * 4 * tokens**2 * config.width
 
 
-def text_encoder_flops(config: T5Config, *, batch: int = 1, length: int = MAX_PROMPT_TOKENS) -> int:
+def text_encoder_flops(config: T5Config, *, length: int, batch: int = 1) -> int:
     """Returns the FLOPs of encoding a prompt: 2 L (4 D I + 3 D H) + 4 L² I per block.
 
-    I is the width of all heads (performance.md, B.3).
+    I is the width of all heads (performance.md, B.3); L the length without padding, which is not computed.
     """
     inner = config.num_heads * config.d_kv
     block = 2 * length * (4 * inner + 3 * config.d_ff) * config.d_model + 4 * length**2 * inner

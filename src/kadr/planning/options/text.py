@@ -19,8 +19,10 @@ MIN_STREAM_BYTES = 500_000_000  # a text encoder of no more bytes is not worth s
 
 def text_options(context: StageContext) -> StageOptions:
     checkpoint = context.spec.text_encoder_checkpoint
-    workspace_bytes = activations.text_encoder_activation_bytes(checkpoint.config, context.itemsize)
-    prompts, calibration = context.workload.prompts_to_encode, context.calibration
+    tokens, calibration = context.workload.tokens_to_encode, context.calibration
+    workspace_bytes = activations.text_encoder_activation_bytes(
+        checkpoint.config, context.itemsize, length=max(tokens), padded_length=activations.MAX_PROMPT_TOKENS
+    )
     placements = []
     for option in _weight_options(context, checkpoint.source):
         weights = weight_bytes(checkpoint.source, context.dtype, option.weight_format, is_text_encoder=True)
@@ -34,7 +36,7 @@ def text_options(context: StageContext) -> StageOptions:
             device=context.device,
             is_streamed=option.is_streamed,
         )
-        seconds = text_encoder_seconds(calibration, checkpoint.config, prompts, times.per_use)
+        seconds = text_encoder_seconds(calibration, checkpoint.config, tokens, times.per_use)
         placements.append(
             context.placement(option, weights, workspace_bytes, backend, seconds=seconds, load_seconds=times.load)
         )

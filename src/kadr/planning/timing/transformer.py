@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
 from kadr.planning.calibration.calibration import PLAIN, Calibration
-from kadr.planning.costs.activations import MAX_PROMPT_TOKENS
 from kadr.planning.costs.flops import (
     lora_flops,
     perturbed_flops,
@@ -92,8 +91,14 @@ def pass_seconds(
     return total
 
 
-def text_encoder_seconds(calibration: Calibration, config: T5Config, prompts: int, weights_per_use: float) -> float:
-    """Returns the seconds of encoding so many prompts, one after the other."""
-    flops = text_encoder_flops(config)
-    once = calibration.block_seconds(flops, kernel=PLAIN, width=config.d_model, rows=MAX_PROMPT_TOKENS)
-    return prompts * (once + weights_per_use)
+def text_encoder_seconds(
+    calibration: Calibration, config: T5Config, prompt_tokens: tuple[int, ...], weights_per_use: float
+) -> float:
+    """Returns the seconds of encoding prompts of so many tokens, one after the other."""
+    return sum(
+        calibration.block_seconds(
+            text_encoder_flops(config, length=tokens), kernel=PLAIN, width=config.d_model, rows=tokens
+        )
+        + weights_per_use
+        for tokens in prompt_tokens
+    )
