@@ -259,14 +259,15 @@ class T5Encoder(nn.Module):
 
     def _attention_bias(self, mask: Tensor) -> Tensor:
         """Computes the bias of every block's attention logits, (B, heads, L, L), from the mask (B, L)."""
-        position = torch.arange(mask.shape[1], device=mask.device)
-        distance = position[None, :] - position[:, None]
+        length = mask.shape[1]
         bucket = relative_position_bucket(
-            distance,
+            torch.arange(1 - length, length, device=mask.device),
             num_buckets=self.config.relative_attention_num_buckets,
             max_distance=self.config.relative_attention_max_distance,
         )
-        bias = self.position_bias(bucket).permute(2, 0, 1)
+        by_distance = self.position_bias(bucket).T.contiguous()  # (heads, 2 L - 1)
+        # The keys of query i have the distances -i, 1 - i, ..., L - 1 - i: a window, which moves back query by query.
+        bias = by_distance.unfold(1, length, 1).flip(1)
         # The lowest finite number, not -inf: a sample that is all padding must not become NaN.
         return torch.where(mask[:, None, None, :].bool(), bias, torch.finfo(bias.dtype).min).contiguous()
 

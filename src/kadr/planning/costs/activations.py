@@ -20,7 +20,7 @@ MAX_PROMPT_TOKENS = 256  # tokens that a prompt is padded to
 KERNEL_WORKSPACE_BYTES = 3 << 20  # workspace of CPU kernels at any size; measured, 2 to 3 MB
 # Channels times frames times rows up to which torch considers a convolution small (ConvParams::use_mkldnn).
 IM2COL_LIMIT = 20480
-_FP32_BYTES, _INT64_BYTES = 4, 8  # bytes of a float32 and of an int64
+_FP32_BYTES = 4
 Shape3D = tuple[int, int, int]  # frames, rows, columns
 
 
@@ -169,11 +169,9 @@ def text_encoder_activation_bytes(
     x, hidden = (batch * length * width for width in (config.d_model, config.d_ff))
     bias = batch * config.num_heads * length**2
     feed_forward = bias + 3 * x + 3 * hidden  # input, residual stream and its norm; gate, up and their product
-    distances = 2 * length**2 * _INT64_BYTES  # while the position bias is looked up: distances and their buckets
+    masked_bias = x + bias + bias // batch  # while the mask is added to the bias, which all prompts share until then
     padding = x + batch * padded_length * config.d_model  # the result before and after padding
-    return (
-        max((3 * bias + x) * itemsize + distances, feed_forward * itemsize, padding * itemsize) + KERNEL_WORKSPACE_BYTES
-    )
+    return max(masked_bias, feed_forward, padding) * itemsize + KERNEL_WORKSPACE_BYTES
 
 
 def upscaler_activation_bytes(config: UpscalerConfig, grid: LatentGrid, itemsize: int = _FP32_BYTES) -> int:
