@@ -30,6 +30,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.pipeline.engine import Engine
+from kadr.quant.layers import DequantizingLinear
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import PACKAGE_ROOT
 from tests import tiny_models
@@ -44,6 +45,7 @@ from tests.checkpoints.checkpoint_files import (
     t5_shapes,
 )
 from tests.checkpoints.gguf import gguf_files
+from tests.oracles import relative_error
 
 XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 SPIECE = (PACKAGE_ROOT / "assets" / "demo" / "tokenizer" / "spiece.model").read_bytes()
@@ -302,6 +304,21 @@ def test_block_quantized_weights_of_a_text_encoder_are_accounted_for(tmp_path: P
     assert opened.describe().type_counts == {"Q8_0": 15, "float32": 6}
     module = build_on_meta(lambda: T5Encoder(wide))
     account(module, opened.source, keys.map_keys(opened.key_table, module.state_dict()))
+
+
+@pytest.mark.parametrize("num_real", [24, 9, 1])
+def test_block_quantized_text_encoder_leaves_out_padding(tmp_path: Path, num_real: int) -> None:
+    wide = T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=64)
+    opened = TextEncoderCheckpoint.open(
+        write_text_encoder_gguf(tmp_path / "t5.gguf", tiny_models.build_random(lambda: T5Encoder(wide)), "Q8_0")
+    )
+    ids, mask = torch.arange(24)[None] + 3, torch.arange(24)[None] < num_real
+    stored, dequantized = opened.load(torch.float32, keep_storage_dtype=True), opened.load(torch.float32)
+    assert isinstance(stored.blocks[0].attention.q, DequantizingLinear)
+    with torch.inference_mode():
+        actual, expected = stored(ids, mask), dequantized._encode(ids, mask)
+    assert relative_error(actual[mask], expected[mask]) < 1e-5
+    assert actual[~mask].eq(0).all()
 
 
 def test_a_tokenizer_that_is_not_in_the_file_is_read_beside_it(tmp_path: Path) -> None:
