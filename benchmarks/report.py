@@ -39,8 +39,7 @@ def _case_section(case: Mapping[str, Any]) -> str:
     rows = [text_report.REPORT_COLUMNS, *(text_report.contender_row(each) for each in case["contenders"])]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     head, *body = zip(*columns, strict=True)
-    rate = text_report.matmul_rate(case)
-    title = f"\n**{text_report.case_title(case)}**" + (f" (matmul: {rate})" if rate else "") + "\n\n"
+    title = f"\n**{text_report.case_title(case)}**{text_report.yardstick_rates(case)}\n\n"
     notes = "".join(f"- {line}\n" for line in text_report.case_notes(case))
     return title + doc_tables.markdown_table(head, body) + (f"\n{notes}" if notes else "")
 

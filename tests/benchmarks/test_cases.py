@@ -9,24 +9,32 @@ import pytest
 import torch
 
 from kadr.bench import model_files
-from kadr.bench.benchmark import _stages
+from kadr.bench.benchmark import stage_cases
 from kadr.bench.cases import (
     BENCH_STAGES,
     DEFAULT_SHAPES,
     END_TO_END,
+    FLOAT32_VARIANT,
+    PROMPT_TOKENS,
     SCHEDULES,
+    TEXT,
+    TEXT_LENGTH,
     VIDEO_SHAPES,
     Selection,
     VideoShape,
+    parse_prompt_tokens,
     schedule_for,
 )
 from kadr.bench.model_files import ModelFiles, RandomWeights, open_model_files
-from kadr.bench.stage_case import TEXT_LENGTH, StageCase
+from kadr.bench.stage_case import StageCase
+from kadr.bench.suites import SUITES, select_cases
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.transformer import TransformerConfig
-from kadr.planning.costs.flops import perturbed_flops, transformer_flops
+from kadr.planning.costs.flops import perturbed_flops, text_encoder_flops, transformer_flops
 from kadr.planning.costs.vae_flops import vae_decoder_flops
+from kadr.shapes import Size
+from kadr.text.tokenizer import MAX_SEQUENCE_LENGTH
 from tests.tiny_models import vae_config
 
 SMALL = TransformerConfig(num_layers=3, num_heads=4, head_dim=16, caption_channels=4096)
@@ -64,12 +72,71 @@ def test_num_layers_of_the_demo_and_zero_rounds_are_refused() -> None:
         Selection(rounds=0)
 
 
+def cases_of(selection: Selection, name: str) -> list[tuple[str, str | None, int]]:
+    files = replace(demo_case("8").files, name=name)
+    cases = stage_cases(files, selection, torch.device("cpu"))
+    return [(case.stage, case.schedule, case.prompt_tokens) for case in cases]
+
+
 def test_only_end_to_end_has_schedules_and_only_the_demo_a_start_up() -> None:
     selection = Selection(models=("demo", "2b"), schedules=("8", "20-cfg"))
-    assert [stage for stage, _ in _stages(selection, "demo")] == [*BENCH_STAGES, END_TO_END]
-    assert [stage for stage, _ in _stages(selection, "2b")] == [*BENCH_STAGES[1:], END_TO_END]
-    assert {name for stage, name in _stages(selection, "2b") if stage != END_TO_END} == {None}
+    assert [stage for stage, _, _ in cases_of(selection, "demo")] == [*BENCH_STAGES, END_TO_END]
+    assert [stage for stage, _, _ in cases_of(selection, "2b")] == [*BENCH_STAGES[1:], END_TO_END]
+    assert {schedule for stage, schedule, _ in cases_of(selection, "2b") if stage != END_TO_END} == {None}
     assert selection.shapes_for("demo") == (DEFAULT_SHAPES["demo"],)
+
+
+def test_text_encoder_has_a_case_for_each_prompt_not_shape() -> None:
+    selection = Selection(stages=(TEXT, "dit"), shapes=VIDEO_SHAPES[:2], prompt_tokens=(100, 256))
+    expected = [(TEXT, None, 100), (TEXT, None, 256), ("dit", None, PROMPT_TOKENS), ("dit", None, PROMPT_TOKENS)]
+    assert cases_of(selection, "2b") == expected
+
+
+def test_prompts_are_as_long_as_the_tokenizer_makes_them() -> None:
+    assert TEXT_LENGTH == MAX_SEQUENCE_LENGTH
+    assert parse_prompt_tokens("1,256") == [1, 256]
+    for text in ("0", "257", "1,x", "9" * 20):
+        with pytest.raises(RequestError, match="prompt_tokens is"):
+            Selection(prompt_tokens=parse_prompt_tokens(text))
+
+
+def test_padding_of_a_prompt_is_no_work() -> None:
+    short, full = (replace(demo_case("8"), stage=TEXT, prompt_tokens=tokens) for tokens in (100, 256))
+    assert short.inputs["prompt_attention_mask"].sum() == 100
+    assert full.inputs["prompt_attention_mask"].all()
+    config = short.open_engine(FLOAT32_VARIANT).spec.text_encoder_checkpoint.config
+    assert (short.flops, full.flops) == tuple(text_encoder_flops(config, length=tokens) for tokens in (100, 256))
+
+
+def test_suites_cover_the_sizes_that_people_make() -> None:
+    shapes = {
+        (model, stage, str(shape), each.num_layers)
+        for each in SUITES["released"]
+        for model in each.models
+        for stage in each.stages
+        for shape in each.shapes_for(model)
+    }
+    assert shapes >= {
+        ("2b", "dit", "768x512x121", 2),
+        ("2b", "dit", "1216x704x121", 2),
+        ("13b", "dit", "768x512x121", 1),
+        ("2b", "encode", "768x512x25", 2),
+        ("2b", "decode", "768x512x25", 2),
+        ("2b", "end-to-end", "512x320x25", None),
+    }
+
+
+def test_a_suite_has_cases_of_its_own_and_the_settings_of_the_flags() -> None:
+    flags = Selection(rounds=7, variants=("int8",), device="cpu")
+    chosen = select_cases(["demo", "released"], flags)
+    assert [each.models for each in chosen[:2]] == [("demo",), ("2b",)]
+    assert {(each.rounds, *each.variants, each.device) for each in chosen} == {(7, "int8", "cpu")}
+    assert select_cases([], flags) == [flags]
+    with pytest.raises(RequestError, match="no suite 'all'; known are demo, released"):
+        select_cases(["all"], flags)
+    for choice in ({"num_layers": 2, "models": ("2b",)}, {"shapes": (VideoShape(Size(64, 64), 9),)}):
+        with pytest.raises(RequestError, match="leave --suite or those flags out"):
+            select_cases(["released"], replace(flags, **choice))
 
 
 def test_stg_perturbs_a_block_that_exists() -> None:
@@ -128,7 +195,7 @@ def test_end_to_end_flops_are_those_of_evaluations_and_decoder(name: str) -> Non
     config, grid = case.transformer_config, case.shape.grid
     schedule = schedule_for(name, config.num_layers)
     guidance = schedule.guidance
-    evaluation_flops = transformer_flops(config, grid.num_tokens, text_tokens=TEXT_LENGTH)
+    evaluation_flops = transformer_flops(config, grid.num_tokens, text_tokens=PROMPT_TOKENS)
     step_flops = evaluation_flops * (1 + (guidance.cfg_scale > 1))  # type: ignore[operator]
     if guidance.stg_scale:
         step_flops += perturbed_flops(
@@ -136,7 +203,7 @@ def test_end_to_end_flops_are_those_of_evaluations_and_decoder(name: str) -> Non
             grid.num_tokens,
             guidance.skip_blocks,  # type: ignore[arg-type]
             guidance.stg_mode,  # type: ignore[arg-type]
-            text_tokens=TEXT_LENGTH,
+            text_tokens=PROMPT_TOKENS,
         )
     assert case.flops == schedule.steps * step_flops + vae_decoder_flops(case.vae_config, grid)
 

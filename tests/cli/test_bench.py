@@ -24,7 +24,7 @@ def test_table_goes_to_stdout_and_progress_to_stderr(kadr: Run) -> None:
     result = kadr("bench", "--stage", "dit", *SMALLEST)
     assert result.code == 0, result.err
     _, _, title, head, auto, int8, *notes = result.out.splitlines()
-    assert title.startswith("demo, 64x64x9: dit  (matmul: float32 ")
+    assert title.startswith("demo, 64x64x9: dit (matmul: float32 ")
     assert head.split()[:3] == ["dtype", "time", "IQR"]
     assert auto.startswith("kadr auto  float32")
     assert int8.startswith("kadr int8")
@@ -48,6 +48,8 @@ def test_json_has_the_seconds_of_every_round(kadr: Run) -> None:
     [
         (("--model", "3b"), "known are demo, 2b, 13b"),
         (("--stage", "dit,vae"), "there is no stage 'vae'"),
+        (("--prompt-tokens", "100,257"), "prompt_tokens is 257; it must lie between 1 and 256"),
+        (("--suite", "all"), "there is no suite 'all'; known are demo, released"),
         (("--variant", "fp4"), "there is no variant 'fp4'"),
         (("--size", "100x64x9"), "multiples of 32"),
         (("--num-layers", "2"), "num_layers must be"),

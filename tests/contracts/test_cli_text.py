@@ -43,8 +43,8 @@ VERBS = {
         --text-encoder --vae --models-dir --json""",
     "quantize": "IN OUT --type --release --models-dir --force",
     "convert": "IN OUT --dtype --models-dir --force",
-    "bench": """--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder
-        --json""",
+    "bench": """--model --size --stage --schedule --prompt-tokens --suite --variant --num-layers --rounds
+        --no-reference --device --model-folder --json""",
     "selftest": """MODEL --lora --release --text-encoder --vae --upscaler --models-dir --device --dtype --quant
         --offload --json""",
     "serve": """--model --models-dir --data --host --port --tokens --new-token --admin --allow-host --allow-origin

@@ -60,6 +60,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
         "of files that kadr has closed and copied from; of leftovers, OSError is suppressed",
         {
             "atomic_write.py",
+            "bench/own_process.py",
             "checkpoints/hub.py",
             "cli/reservation.py",
             "jobs/database.py",
@@ -138,7 +139,7 @@ CALLS: dict[str, tuple[str, set[str]]] = {
         "of os.devnull; of a folder not on Windows",
         {"atomic_write.py", "cli/terminal/closed_streams.py", "cli/terminal/errors.py"},
     ),
-    "os.pathsep": ("names each system's own", {"spec/model_dirs.py"}),
+    "os.pathsep": ("names each system's own", {"bench/own_process.py", "spec/model_dirs.py"}),
     "os.posix_fadvise": ("only if os has it", {"planning/calibration/rates.py"}),
     "os.readlink": (
         "only of a path that is a link",
@@ -178,8 +179,8 @@ CALLS: dict[str, tuple[str, set[str]]] = {
     "socket.socketpair": ("exists on Windows since Python 3.5", {"cli/terminal/signals.py"}),
     "subprocess.list2cmdline": ("only on Windows", {"cli/commands/quantize.py"}),
     "subprocess.run": (
-        "of sys.executable, git or nvidia-smi; failing means unknown",
-        {"bench/machine.py", "diagnosis/machine.py", "planning/calibration/rates.py"},
+        "of sys.executable, git, nvidia-smi or a C compiler; failing means unknown",
+        {"bench/machine.py", "bench/peak.py", "diagnosis/machine.py", "planning/calibration/rates.py"},
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kadr.errors import RequestError
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance
@@ -21,6 +22,8 @@ BENCH_STAGES = STARTUP, TEXT, ENCODE, DIT, DECODE, END_TO_END = (
     "end-to-end",
 )
 FPS = 24.0
+TEXT_LENGTH = 256  # a prompt is padded to this length
+PROMPT_TOKENS = 100  # the ones that are not padding: a prompt of some seventy words
 MAX_BENCH_ROUNDS = 1000
 
 
@@ -94,6 +97,9 @@ def schedule_for(name: str, num_layers: int) -> BenchSchedule:
     return replace(schedule, guidance=replace(schedule.guidance, skip_blocks=(int(num_layers * STG_BLOCK),)))
 
 
+ZENTORCH_VARIABLE = "KADR_ZENTORCH"  # 0 keeps kadr from using zentorch's operators
+
+
 @dataclass(frozen=True)
 class Variant:
     """A configuration of kadr to measure.
@@ -101,6 +107,7 @@ class Variant:
     Args:
         dtype, quant, compile: see `Engine.open`; "auto" is the default of `Engine.open`.
         stages: the stages that this configuration changes; it runs in no others.
+        zentorch: runs with zentorch's operators, or without them; None leaves that to the environment.
     """
 
     name: str
@@ -108,6 +115,12 @@ class Variant:
     quant: str | None = None
     compile: bool = False
     stages: tuple[str, ...] = BENCH_STAGES[1:]
+    zentorch: bool | None = None
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Environment variables of this configuration. They are read once, so it has a process of its own."""
+        return {} if self.zentorch is None else {ZENTORCH_VARIABLE: str(int(self.zentorch))}
 
 
 FLOAT32_VARIANT = Variant("float32", dtype="float32")
@@ -118,11 +131,20 @@ VARIANTS = {
         Variant("int8", quant="int8", stages=(DIT, END_TO_END)),
         Variant("fp8", quant="fp8", stages=(DIT, END_TO_END)),
         Variant("compile", compile=True, stages=(DIT, END_TO_END)),
+        Variant("zentorch", zentorch=True),
+        Variant("no-zentorch", zentorch=False),
+        Variant("int8-zentorch", quant="int8", zentorch=True, stages=(DIT, END_TO_END)),
+        Variant("int8-no-zentorch", quant="int8", zentorch=False, stages=(DIT, END_TO_END)),
         Variant("bfloat16", dtype="bfloat16"),
         FLOAT32_VARIANT,
     )
 }
 DEFAULT_VARIANTS = ("auto", "int8")
+
+
+def parse_prompt_tokens(text: str) -> list[Any]:
+    """Parses "100,256". What is no whole number stays text, which `Selection` refuses."""
+    return [int(part) if part.isdecimal() and len(part) < 10 else part for part in text.split(",")]
 
 
 @dataclass(frozen=True)
@@ -131,6 +153,7 @@ class Selection:
 
     Args:
         shapes: empty for the model's own shape, or else the second of `VIDEO_SHAPES`.
+        prompt_tokens: tokens of the text encoder's prompts that are not padding; elsewhere they are `PROMPT_TOKENS`.
         num_layers: number of blocks in a random model's transformer and text encoder; None is all.
         compare_with_reference: compare with float32, which takes twice the memory and the longest time.
         rounds: number of rounds. Every contender runs once in each.
@@ -141,6 +164,7 @@ class Selection:
     shapes: Sequence[VideoShape] = ()
     stages: Sequence[str] = BENCH_STAGES
     schedules: Sequence[str] = ("8",)
+    prompt_tokens: Sequence[int] = (PROMPT_TOKENS,)
     variants: Sequence[str] = DEFAULT_VARIANTS
     num_layers: int | None = None
     rounds: int = 5
@@ -161,6 +185,8 @@ class Selection:
             raise RequestError(
                 "num_layers must be 1 or more, and works with 2b and 13b only: the demo is small already."
             )
+        for tokens in self.prompt_tokens:
+            check_range("prompt_tokens", tokens, 1, TEXT_LENGTH, is_whole=True)
         check_range("rounds", self.rounds, 1, MAX_BENCH_ROUNDS, is_whole=True)
 
     def shapes_for(self, model: str) -> Sequence[VideoShape]:

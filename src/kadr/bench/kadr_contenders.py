@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, TEXT, VARIANTS, Variant
+from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, TEXT, VARIANTS, ZENTORCH_VARIABLE, Variant
+from kadr.bench.own_process import contenders_in_own_process
 from kadr.bench.runner import Contender, SkippedContender
 from kadr.bench.stage_case import ContenderFactory, StageCase
 from kadr.errors import RequestError
@@ -27,21 +31,41 @@ def kadr_contenders(variants: Iterable[str]) -> ContenderFactory:
     """Returns a factory of kadr's variants. A variant that equals an earlier one in a stage is left out there."""
 
     def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
-        configurations: set[tuple[torch.dtype, str | None, bool]] = set()
+        configurations: set[tuple[torch.dtype, str | None, bool, bool]] = set()
         for variant in (VARIANTS[name] for name in variants):
             if stage_case.stage not in variant.stages:
+                continue
+            if variant.zentorch and find_spec("zentorch") is None:
+                yield SkippedContender(f"kadr {variant.name}", "not installed: zentorch")
                 continue
             try:
                 engine = stage_case.open_engine(variant)
             except RequestError as error:  # not on this device
                 yield SkippedContender(f"kadr {variant.name}", str(error))
                 continue
-            configuration = engine.spec.dtype, variant.quant, variant.compile
+            configuration = engine.spec.dtype, variant.quant, variant.compile, has_zentorch(variant)
             if configuration not in configurations:
                 configurations.add(configuration)
-                yield kadr_contender(stage_case, variant, engine, stack)
+                yield from _contenders_of(variant, engine, stage_case, stack)
 
     return create_contenders
+
+
+def has_zentorch(variant: Variant) -> bool:
+    """Returns whether zentorch's operators are within reach of a variant."""
+    value = variant.environment.get(ZENTORCH_VARIABLE, os.environ.get(ZENTORCH_VARIABLE, "1"))
+    return value != "0" and find_spec("zentorch") is not None
+
+
+def _contenders_of(
+    variant: Variant, engine: Engine, stage_case: StageCase, stack: ExitStack
+) -> Iterator[Contender | SkippedContender]:
+    """Yields the contender of a variant, from a process of its own where this one's environment is another."""
+    if all(os.environ.get(name) == value for name, value in variant.environment.items()):
+        yield kadr_contender(stage_case, variant, engine, stack)
+    else:
+        command = [sys.executable, "-m", "kadr.bench.variant_process", variant.name]
+        yield from contenders_in_own_process(command, variant.environment, stage_case, stack)
 
 
 def kadr_contender(stage_case: StageCase, variant: Variant, engine: Engine, stack: ExitStack) -> Contender:
@@ -57,6 +81,7 @@ def kadr_contender(stage_case: StageCase, variant: Variant, engine: Engine, stac
         weight_bytes=_weight_bytes(stage_case, engine.spec.dtype, plan),
         note="; ".join(notes),
         is_kadr=True,
+        products="int8" if engine.spec.quant == "int8" else "",
     )
 
 

@@ -55,13 +55,23 @@ def revision() -> str | None:
         return None
 
 
-def matmul_yardstick(dtype: str, device: torch.device, side: int | None = None) -> Contender:
+def matmul_yardstick(dtype: str, device: torch.device, side: int | None = None, *, is_peak: bool = False) -> Contender:
     """Returns a product of two square random matrices: with zeros hardware is faster than in any real work."""
     side = side or MATMUL_SIDES.get(device.type, MATMUL_SIDES["cpu"])
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(side, side, generator=generator).to(device, getattr(torch, dtype)) for _ in range(2))
-    return Contender(name=f"matmul {side}", run=lambda: a @ b, dtype=dtype, is_yardstick=True)
+    a, b = (_random_matrix(side, getattr(torch, dtype), generator).to(device) for _ in range(2))
+    multiply = torch._int_mm if dtype == "int8" else torch.matmul
+    return Contender(
+        name=f"matmul {side}",
+        run=partial(multiply, a, b),
+        dtype=dtype,
+        is_yardstick=True,
+        is_peak=is_peak,
+        yardstick_flops=2 * side**3,
+    )
 
 
-def yardstick_flops(side: int) -> int:
-    return 2 * side**3
+def _random_matrix(side: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (side, side), generator=generator, dtype=torch.int8)
+    return torch.randn(side, side, generator=generator).to(dtype)

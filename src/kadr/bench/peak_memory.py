@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
-from kadr.bench.runner import Task
+from kadr.bench.runner import PeakMemory, Task
 from kadr.memory.device import trim_heap
 
 STATUS_FILE, RESET_FILE = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"  # see proc(5): sets the peak back to the resident size of now
 _LINE = re.compile(r"^Vm(HWM|RSS):\s+(\d+) kB$", re.MULTILINE)
+
+
+def peak_memory_for(device: torch.device) -> PeakMemory:
+    return cuda_peak_bytes if device.type == "cuda" else host_peak_bytes
 
 
 def host_peak_bytes(task: Task) -> int | None:

@@ -32,11 +32,15 @@ class Contender:
     Args:
         run: does the task and returns its result, which is compared with the reference; or None, to compare nothing.
         dtype: dtype it computes in.
+        products: dtype of its matrix products, where that is another: int8 where weights and activations are.
         weight_bytes: bytes of its weights in memory.
         note: what a reader of its figures must know.
         is_kadr: kadr itself. Its failure is an error; the failure of another contender only costs its figures.
         is_yardstick: a known amount of work that gives the machine's rate; not ranked among the contenders.
+        is_peak: a yardstick that nothing on this machine exceeds.
+        yardstick_flops: FLOPs of a yardstick's run.
         measure_peak: measures its memory, where it runs in a process of its own.
+        time_runs: runs it so many times and returns the seconds of one, where it runs in a process of its own.
     """
 
     name: str
@@ -46,7 +50,16 @@ class Contender:
     note: str = ""
     is_kadr: bool = False
     is_yardstick: bool = False
+    is_peak: bool = False
+    yardstick_flops: int = 0
+    products: str = ""
     measure_peak: PeakMemory | None = None
+    time_runs: Callable[[int], float] | None = None
+
+    @property
+    def arithmetic(self) -> str:
+        """Dtype of its matrix products."""
+        return self.products or self.dtype
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ def measure(
             failed.append(SkippedContender(contender.name, f"failed: {error_line(error)}"))
     for number in range(rounds):
         for measurement in round_order(ready, number):
-            measurement.seconds.append(clock(partial(_run_repeats, measurement)) / measurement.repeats)
+            measurement.seconds.append(_time_runs(measurement.contender, measurement.repeats, clock))
     for measurement in ready:  # in a run of its own: measuring memory takes time
         if not measurement.contender.is_yardstick:
             measurement.peak_bytes = (measurement.contender.measure_peak or peak)(measurement.contender.run)
@@ -135,6 +148,8 @@ def _warm_up(contender: Contender, warm_ups: int, clock: Clock, reference: Tenso
         contender.run()
     results: list[Any] = []
     seconds = clock(lambda: results.append(contender.run()))
+    if contender.time_runs:  # what the clock read includes moving the result between processes
+        seconds = contender.time_runs(1)
     result = results.pop()
     is_short = 0 < seconds < MIN_TIMED_SECONDS
     repeats = min(MAX_REPEATS, math.ceil(MIN_TIMED_SECONDS / seconds)) if is_short else 1
@@ -144,9 +159,16 @@ def _warm_up(contender: Contender, warm_ups: int, clock: Clock, reference: Tenso
     return measurement
 
 
-def _run_repeats(measurement: Measurement) -> None:
-    for _ in range(measurement.repeats):
-        measurement.contender.run()
+def _time_runs(contender: Contender, repeats: int, clock: Clock) -> float:
+    """Returns the mean seconds of a run."""
+    if contender.time_runs:
+        return contender.time_runs(repeats)
+    return clock(partial(run_repeatedly, contender.run, repeats)) / repeats
+
+
+def run_repeatedly(task: Task, repeats: int) -> None:
+    for _ in range(repeats):
+        task()
 
 
 def round_order(measurements: Sequence[Measurement], round_index: int) -> list[Measurement]:
@@ -174,6 +196,10 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
 def error_line(error: BaseException) -> str:
     """Returns an exception in one line."""
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
+
+
+def clock_for(device: torch.device) -> Clock:
+    return cuda_clock if device.type == "cuda" else host_clock
 
 
 def host_clock(task: Task) -> float:

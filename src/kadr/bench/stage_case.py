@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from kadr.bench.cases import (
     END_TO_END,
     FLOAT32_VARIANT,
     FPS,
+    PROMPT_TOKENS,
     STARTUP,
     TEXT,
+    TEXT_LENGTH,
     VARIANTS,
     Variant,
     VideoShape,
@@ -32,7 +35,6 @@ from kadr.models.registry import Recipe
 from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
 from kadr.pipeline.engine import Engine
-from kadr.planning.costs import activations
 from kadr.planning.costs.flops import perturbed_flops, text_encoder_flops, transformer_flops
 from kadr.planning.costs.vae_flops import vae_decoder_flops, vae_encoder_flops
 from kadr.request.passes import ResolvedPass
@@ -40,8 +42,6 @@ from kadr.request.request import Request
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_VALUES
 
-TEXT_LENGTH = activations.MAX_PROMPT_TOKENS  # a prompt is padded to this length
-REAL_TOKENS = 100  # the ones that are not padding: a prompt of some seventy words
 SIGMA, DECODE_TIMESTEP = 0.7, 0.05
 PROMPT, NEGATIVE_PROMPT = "a red circle moving right on a black background", "blurry"
 SEED = 0
@@ -54,6 +54,7 @@ class StageCase:
 
     Args:
         schedule: name of the schedule, for the end-to-end stage.
+        prompt_tokens: tokens of the prompt that are not padding.
     """
 
     files: ModelFiles
@@ -61,6 +62,24 @@ class StageCase:
     stage: str
     device: torch.device
     schedule: str | None = None
+    prompt_tokens: int = PROMPT_TOKENS
+
+    def __str__(self) -> str:
+        detail = f" {self.schedule}" if self.schedule else f" {self.prompt_tokens}" if self.stage == TEXT else ""
+        return f"{self.files.name} {self.shape} {self.stage}{detail}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields of a result that tell its case from others, as plain data."""
+        blocks = self.active_blocks
+        return {
+            "model": self.files.name,
+            "blocks": None if blocks is None else list(blocks),
+            "size": str(self.shape),
+            "stage": self.stage,
+            "schedule": self.schedule,
+            "prompt_tokens": self.prompt_tokens,
+        }
 
     @property
     def active_blocks(self) -> tuple[int, int] | None:
@@ -130,7 +149,7 @@ class StageCase:
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        inputs: dict[str, Tensor] = {"prompt_attention_mask": torch.arange(TEXT_LENGTH)[None] < REAL_TOKENS}
+        inputs: dict[str, Tensor] = {"prompt_attention_mask": torch.arange(TEXT_LENGTH)[None] < self.prompt_tokens}
         if self.stage == DIT:
             inputs |= self._transformer_inputs(randn)
         elif self.stage == TEXT:
@@ -153,19 +172,22 @@ class StageCase:
 
     @cached_property
     def flops(self) -> int | None:
-        """FLOPs of the stage by formula, two per product; None for the start-up, where they say nothing."""
+        """FLOPs of the stage by formula, two per product; None for the start-up, where they say nothing.
+
+        Padding of the prompt is no part of the task.
+        """
         grid = self.shape.grid
         if self.stage == STARTUP:
             return None
         if self.stage == TEXT:
             config = self.open_engine(FLOAT32_VARIANT).spec.text_encoder_checkpoint.config
-            return text_encoder_flops(config, length=REAL_TOKENS)
+            return text_encoder_flops(config, length=self.prompt_tokens)
         if self.stage == ENCODE:
             return vae_encoder_flops(self.vae_config, grid)
         if self.stage == DECODE:
             return vae_decoder_flops(self.vae_config, grid)
         if self.stage == DIT:
-            return transformer_flops(self.transformer_config, grid.num_tokens, text_tokens=TEXT_LENGTH)
+            return transformer_flops(self.transformer_config, grid.num_tokens, text_tokens=self.prompt_tokens)
         (resolved_pass,) = self.open_engine(FLOAT32_VARIANT).resolve(self.request).passes
         return pass_flops(self.transformer_config, resolved_pass) + vae_decoder_flops(self.vae_config, grid)
 
@@ -174,10 +196,10 @@ def pass_flops(config: TransformerConfig, resolved_pass: ResolvedPass) -> int:
     """Returns the FLOPs of all model evaluations of a pass."""
     total, tokens = 0, resolved_pass.grid.num_tokens
     for guidance in resolved_pass.evaluation_guidance:
-        total += (1 + (guidance.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=TEXT_LENGTH)
+        total += (1 + (guidance.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=PROMPT_TOKENS)
         if guidance.stg_scale > 0 and guidance.skip_blocks:
             mode = resolved_pass.settings.guidance.stg_mode or ATTENTION_VALUES
-            total += perturbed_flops(config, tokens, guidance.skip_blocks, mode, text_tokens=TEXT_LENGTH)
+            total += perturbed_flops(config, tokens, guidance.skip_blocks, mode, text_tokens=PROMPT_TOKENS)
     return total
 
 

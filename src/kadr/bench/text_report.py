@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kadr.bench.cases import TEXT
+
 REPORT_COLUMNS = (
     "",
     "dtype",
@@ -13,6 +15,7 @@ REPORT_COLUMNS = (
     "time / kadr's",
     "TFLOP/s",
     "of matmul",
+    "of peak",
     "memory",
     "weights",
     "error",
@@ -21,15 +24,17 @@ Case = Mapping[str, Any]
 
 
 def case_title(case: Case) -> str:
-    """Returns a title such as "2b, 4 of 28 blocks, 512x320x25: dit"."""
+    """Returns a title such as "2b, 4 of 28 blocks, 512x320x25: dit", or "2b, 100 prompt tokens: text"."""
     blocks = "" if case["blocks"] is None else ", {} of {} blocks".format(*case["blocks"])
     schedule = f", {case['schedule']}" if case["schedule"] else ""
-    return f"{case['model']}{blocks}, {case['size']}: {case['stage']}{schedule}"
+    has_prompt = case["stage"] == TEXT and "prompt_tokens" in case
+    size = f"{case['prompt_tokens']} prompt tokens" if has_prompt else case["size"]
+    return f"{case['model']}{blocks}, {size}: {case['stage']}{schedule}"
 
 
 def contender_row(contender: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the cells of one contender, under `REPORT_COLUMNS`."""
-    share, rate = contender["share_of_matmul"], contender["flops_per_second"]
+    rate = contender["flops_per_second"]
     return (
         contender["name"],
         contender["dtype"],
@@ -37,17 +42,23 @@ def contender_row(contender: Mapping[str, Any]) -> tuple[str, ...]:
         format_seconds(contender["interquartile_range"]),
         f"{contender['ratio']:.2f}",
         "" if rate is None else f"{rate / 1e12:.3g}",
-        "" if share is None else f"{100 * share:.0f} %",
+        _format_share(contender["share_of_matmul"]),
+        _format_share(contender.get("share_of_peak")),
         format_bytes(contender["peak_bytes"]),
         format_bytes(contender["weight_bytes"]),
         format_error(contender["error"]),
     )
 
 
+def _format_share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
 def case_notes(case: Case) -> list[str]:
     """Returns a line for each skipped contender, for each note, and for a missing reference."""
     notes = [f"{each['name']}: {each['reason']}" for each in case["skipped"]]
     notes += [f"{each['name']}: {each['note']}" for each in case["contenders"] if each["note"]]
+    notes += case.get("notes", [])
     return notes + ([case["reference"]] if case["reference"].startswith("not ") else [])
 
 
@@ -76,9 +87,15 @@ def format_bytes(value: int | None) -> str:
     return f"{value / 1e6:.0f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
 
 
-def matmul_rate(case: Case) -> str:
-    """Returns the rate of the matmul yardstick in the same rounds, for each dtype."""
-    rates = {each["dtype"]: each["matmul_per_second"] for each in case["contenders"] if each["matmul_per_second"]}
+def yardstick_rates(case: Case) -> str:
+    """Returns " (matmul: float32 0.4 TFLOP/s; peak: float32 0.5)", of the same rounds; "" where there are none."""
+    matmul, peak = (_rates_by_dtype(case, name) for name in ("matmul_per_second", "peak_per_second"))
+    texts = [f"{name}: {rates}" for name, rates in (("matmul", matmul), ("peak", peak)) if rates]
+    return f" ({'; '.join(texts)})" if texts else ""
+
+
+def _rates_by_dtype(case: Case, name: str) -> str:
+    rates = {each.get("products", each["dtype"]): each.get(name) for each in case["contenders"] if each.get(name)}
     return ", ".join(f"{dtype} {value / 1e12:.3g} TFLOP/s" for dtype, value in rates.items())
 
 
@@ -87,8 +104,7 @@ def report_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield machine_line(result["machine"])
     for case in result["cases"]:
         yield ""
-        rate = matmul_rate(case)
-        yield case_title(case) + (f"  (matmul: {rate})" if rate else "")
+        yield case_title(case) + yardstick_rates(case)
         yield from align_columns([REPORT_COLUMNS, *(contender_row(each) for each in case["contenders"])])
         yield from case_notes(case)
 

@@ -12,12 +12,15 @@ from kadr.bench.cases import (
     BENCH_STAGES,
     DEFAULT_VARIANTS,
     MODELS,
+    PROMPT_TOKENS,
     SCHEDULES,
     VARIANTS,
     VIDEO_SHAPES,
     Selection,
     VideoShape,
+    parse_prompt_tokens,
 )
+from kadr.bench.suites import SUITES, select_cases
 from kadr.bench.text_report import report_lines
 from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.output import print_lines
@@ -42,6 +45,15 @@ Sizes = Annotated[
 Stages = Annotated[str, _list_option("--stage", "Stages", BENCH_STAGES, "all")]
 Schedules = Annotated[str, _list_option("--schedule", "Steps and guidance, end to end", SCHEDULES, "8")]
 Variants = Annotated[str, _list_option("--variant", "Variants of kadr", VARIANTS, DEFAULT_VARIANTS)]
+Suites = Annotated[str | None, _list_option("--suite", "Cases by name, instead of the flags for cases", SUITES, "none")]
+PromptTokens = Annotated[
+    str,
+    typer.Option(
+        "--prompt-tokens",
+        metavar="N,...",
+        help=f"Lengths of the text encoder's prompts, of 256. [default: {PROMPT_TOKENS}]",
+    ),
+]
 NumLayers = Annotated[
     int | None, typer.Option("--num-layers", metavar="N", help="Only the first N blocks of a random model.")
 ]
@@ -59,6 +71,8 @@ def bench(
     size: Sizes = None,
     stage: Stages = ALL_STAGES,
     schedule: Schedules = "8",
+    prompt_tokens: PromptTokens = str(PROMPT_TOKENS),
+    suite: Suites = None,
     variant: Variants = ALL_VARIANTS,
     num_layers: NumLayers = None,
     rounds: Rounds = 5,
@@ -69,26 +83,28 @@ def bench(
 ) -> None:
     """Measure how fast kadr is on this machine.
 
-    Prints for every stage its time, its share of this machine's matmul rate, its memory and its error against float32.
-    Variants run in turns.
+    Prints for every stage its time, its share of this machine's matmul rate and peak, its memory and its error against
+    float32. Variants run in turns.
     """
     try:
-        selection = Selection(
+        flags = Selection(
             models=model.split(","),
             shapes=[VideoShape.parse(text) for text in size.split(",")] if size else (),
             stages=stage.split(","),
             schedules=schedule.split(","),
+            prompt_tokens=parse_prompt_tokens(prompt_tokens),
             variants=variant.split(","),
             num_layers=num_layers,
             rounds=rounds,
             compare_with_reference=not no_reference,
             device=device,
         )
+        selections = select_cases(suite.split(",") if suite else (), flags)
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
     from kadr.bench.benchmark import run_benchmark
 
-    results = run_benchmark(selection, models_folder=model_folder, log=print_stderr)
+    results = run_benchmark(selections, models_folder=model_folder, log=print_stderr)
     if json_:
         print_stdout(json.dumps(results))
     else:

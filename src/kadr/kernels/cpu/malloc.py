@@ -39,6 +39,11 @@ def tune_malloc() -> bool:
     return _set_thresholds(MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
+def is_malloc_tuned() -> bool:
+    """Returns whether this process called `tune_malloc`."""
+    return _Process.is_tuned
+
+
 @contextmanager
 def retain_freed_memory() -> Iterator[None]:
     """Keeps freed blocks for reuse while a model runs, and returns them all to the system after the last one.
