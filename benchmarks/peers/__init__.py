@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, STARTUP, TEXT
+from kadr.bench.own_process import contenders_in_own_process
 from kadr.bench.runner import Contender, SkippedContender, error_line
 from kadr.bench.stage_case import ContenderFactory, StageCase
 
@@ -23,28 +24,35 @@ class Peer:
     Args:
         module_name: module that imports the engine and has `create_contenders`, a `ContenderFactory`.
         stages: the stages it can run.
+        own_process: runs in a process of its own, because importing it changes what others do.
     """
 
     module_name: str
     stages: tuple[str, ...]
+    own_process: bool = False
 
 
 PEERS: Mapping[str, Peer] = {
     "diffusers": Peer("benchmarks.peers.diffusers", (DIT, ENCODE, DECODE, END_TO_END)),
     "diffusers compiled": Peer("benchmarks.peers.compiled", (DIT, DECODE, END_TO_END)),
     "transformers": Peer("benchmarks.peers.transformers", (TEXT,)),
+    # It adds passes to the compiler of the whole process.
+    "zentorch": Peer("benchmarks.peers.zentorch", (DIT, DECODE, END_TO_END), own_process=True),
     "official": Peer("benchmarks.peers.official", (DIT, ENCODE, DECODE)),
-    "openvino": Peer("benchmarks.peers.openvino", (DIT,)),
+    "openvino": Peer("benchmarks.peers.openvino", (TEXT, ENCODE, DIT, DECODE)),
     "LTXPipeline": Peer("benchmarks.peers.startup", (STARTUP,)),
 }
 
 
 def contender_factories(names: Sequence[str]) -> list[ContenderFactory]:
     """Returns the factories of peers, by name."""
-    return [_contender_factory(name, PEERS[name]) for name in names]
+    return [_process_factory(name) if PEERS[name].own_process else contender_factory(name) for name in names]
 
 
-def _contender_factory(name: str, peer: Peer) -> ContenderFactory:
+def contender_factory(name: str) -> ContenderFactory:
+    """Returns the factory of a peer in this process."""
+    peer = PEERS[name]
+
     def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
         if stage_case.stage not in peer.stages:
             return
@@ -56,6 +64,21 @@ def _contender_factory(name: str, peer: Peer) -> ContenderFactory:
         try:
             yield from module.create_contenders(stage_case, stack)
         except Exception as error:  # one broken peer does not stop the others
+            yield SkippedContender(name, f"failed: {error_line(error)}")
+
+    return create_contenders
+
+
+def _process_factory(name: str) -> ContenderFactory:
+    """Returns the factory of a peer in a process of its own."""
+
+    def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
+        if stage_case.stage not in PEERS[name].stages:
+            return
+        command = [sys.executable, "-m", "benchmarks.peers.peer_process", name]
+        try:
+            yield from contenders_in_own_process(command, {}, stage_case, stack)
+        except Exception as error:
             yield SkippedContender(name, f"failed: {error_line(error)}")
 
     return create_contenders

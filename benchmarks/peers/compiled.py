@@ -18,19 +18,25 @@ NAME = "diffusers compiled"
 
 
 def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
+    yield from create_compiled_contenders(stage_case, NAME)
+
+
+def create_compiled_contenders(
+    stage_case: StageCase, name: str, *, note: str = "", backend: str = "inductor"
+) -> Iterator[Contender | SkippedContender]:
+    """Yields contenders whose first run is done: it compiles."""
     torch._dynamo.reset()
-    for contender in diffusers.create_transformed_contenders(stage_case, NAME, compile_module):
+
+    def compile_module(module: nn.Module) -> nn.Module:
+        has_blocks = hasattr(module, "compile_repeated_blocks")
+        compile_in_place = module.compile_repeated_blocks if has_blocks else module.compile
+        compile_in_place(dynamic=False, backend=backend)
+        return module
+
+    for contender in diffusers.create_transformed_contenders(stage_case, name, compile_module):
         if isinstance(contender, Contender):
             began = time.perf_counter()
             contender.run()
-            note = f"the first run, which compiles, took {time.perf_counter() - began:.0f} s"
-            contender = replace(contender, note=note)
+            first = f"the first run, which compiles, took {time.perf_counter() - began:.0f} s"
+            contender = replace(contender, note="; ".join(filter(None, (note, first))))
         yield contender
-
-
-def compile_module(module: nn.Module) -> nn.Module:
-    if hasattr(module, "compile_repeated_blocks"):
-        module.compile_repeated_blocks(dynamic=False)
-    else:
-        module.compile(dynamic=False)
-    return module

@@ -19,6 +19,7 @@ from kadr.sampling.noise import NoiseStreams
 from tests.oracles import diffusers_transformer, diffusers_vae
 
 NAME = "diffusers"
+NO_VAE = "has no VAE of this shape; the demo's VAE is of no released family"
 logging.set_verbosity_error()  # it warns of custom sigmas
 ModuleTransform = Callable[[nn.Module], nn.Module]
 
@@ -32,7 +33,7 @@ def create_transformed_contenders(
 ) -> Iterator[Contender | SkippedContender]:
     """Yields contenders. Args: transform: applied to the transformer, the decoder and the encoder before they run."""
     if stage_case.stage != DIT and stage_case.checkpoint.info.vae_family is None:
-        yield SkippedContender(name, "has no VAE of this shape; the demo's VAE is of no released family")
+        yield SkippedContender(name, NO_VAE)
         return
     if stage_case.stage == END_TO_END and SCHEDULES[stage_case.schedule or "8"].guidance.stg_scale:
         yield SkippedContender(name, "has no STG")

@@ -14,9 +14,14 @@ import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import peers
-from kadr.bench import runner
+from benchmarks.peers.traceable import EXAMPLE_TOKENS
+from kadr.bench import benchmark, model_files, runner
+from kadr.bench.cases import FLOAT32_VARIANT, Selection, VideoShape
+from kadr.bench.kadr_contenders import kadr_contender
+from kadr.bench.model_files import open_model_files
 from kadr.bench.runner import Contender, relative_error
-from tests.benchmarks.test_cases import demo_case
+from kadr.bench.stage_case import StageCase
+from tests.benchmarks.test_cases import SMALL, demo_case
 
 SMALLEST = ["--size", "64x64x9", "--rounds", "1", "--matmul", "64", "--device", "cpu"]
 
@@ -105,20 +110,87 @@ def test_end_to_end_of_kadr_is_the_engine_itself(tmp_path: Path) -> None:
     assert [skipped["name"] for skipped in case["skipped"]] == ["diffusers"]
 
 
-def test_openvino_computes_the_same() -> None:
+@pytest.mark.parametrize("stage", ["text", "dit"])
+def test_openvino_computes_the_same_at_any_size(stage: str) -> None:
     pytest.importorskip("openvino")
     from benchmarks.peers import openvino
 
-    case = replace(demo_case("8"), stage="dit")
+    case = replace(demo_case("8"), stage=stage)
+    assert case.shape.grid.num_tokens > EXAMPLE_TOKENS
     with torch.no_grad(), ExitStack() as stack:
-        module, inputs = case.checkpoint.load_transformer(torch.float32), case.inputs
-        rope, mask = module.compute_rope(inputs["positions"]), inputs["prompt_attention_mask"]
-        expected = module(inputs["tokens"], rope, inputs["prompt_embeds"], mask, inputs["sigma"])
+        engine = case.open_engine(FLOAT32_VARIANT)
+        expected = kadr_contender(case, FLOAT32_VARIANT, engine, stack).run()
         contender = next(each for each in openvino.create_contenders(case, stack) if isinstance(each, Contender))
         assert relative_error(contender.run(), expected) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["encode", "decode"])
+def test_openvino_vae_computes_the_same_at_any_size(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    from benchmarks.peers import openvino
+
+    narrow = replace(model_files.VAE_0_9_5, encoder_base_channels=8, decoder_base_channels=8)
+    monkeypatch.setattr(model_files, "VAE_0_9_5", narrow)
+    monkeypatch.setitem(model_files.TRANSFORMERS, "2b", SMALL)
+    selection = Selection(models=("2b",), num_layers=1, stages=(stage,), device="cpu")
+    with open_model_files("2b", selection, tmp_path) as files, torch.no_grad(), ExitStack() as stack:
+        case = StageCase(files, VideoShape.parse("96x64x25"), stage, torch.device("cpu"))
+        expected = kadr_contender(case, FLOAT32_VARIANT, case.open_engine(FLOAT32_VARIANT), stack).run()
+        contender = next(each for each in openvino.create_contenders(case, stack) if isinstance(each, Contender))
+        assert relative_error(contender.run(), expected) < 1e-3
 
 
 @pytest.mark.parametrize("arguments", [["--stage", "odd"], ["--num-layers", "2"], ["--size", "63x64x9"]])
 def test_bad_arguments_are_an_error_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmarks.main(arguments) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_an_interrupted_run_goes_on_with_the_cases_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALLEST, "--no-peers", "--variant", "auto", "--stage", "text,dit", "--results", str(tmp_path)]
+    measure, done = benchmark.measure_case, []
+
+    def measure_one(*case: Any) -> dict[str, Any]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(case)
+        return measure(*case)
+
+    monkeypatch.setattr(benchmark, "measure_case", measure_one)
+    with pytest.raises(KeyboardInterrupt):
+        benchmarks.main(arguments)
+    (path,) = tmp_path.iterdir()
+    first = json.loads(path.read_text())["cases"]
+    assert [case["stage"] for case in first] == ["text"]
+    monkeypatch.undo()
+    assert benchmarks.main([*arguments, "--resume"]) == 0
+    cases = json.loads(path.read_text())["cases"]
+    assert [case["stage"] for case in cases] == ["text", "dit"]
+    assert cases[0] == first[0]
+    capsys.readouterr()
+    assert benchmarks.main([*arguments, "--resume", "--no-reference"]) == 1
+    assert "was measured with command 'python -m benchmarks" in capsys.readouterr().err
+    assert json.loads(path.read_text())["cases"] == cases
+
+
+def test_a_peer_in_its_own_process_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, unknown = (peers.Peer("benchmarks.peers.official", ("dit",), own_process=True) for _ in range(2))
+    monkeypatch.setattr(peers, "PEERS", {"official": own, "unknown to the process": unknown})
+    result = run(tmp_path, "--stage", "dit", "--peer", "official,unknown to the process", "--variant", "auto")
+    (case,) = result["cases"]
+    assert by_name(case)["official"]["error"] < 1e-5
+    (skipped,) = case["skipped"]
+    assert skipped["name"] == "unknown to the process"
+    assert skipped["reason"].startswith("failed: RuntimeError: the process ended with 1")
+
+
+@pytest.mark.slow
+def test_zentorch_computes_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("zentorch")
+    (case,) = run(tmp_path, "--stage", "dit", "--peer", "zentorch", "--variant", "auto")["cases"]
+    assert by_name(case)["diffusers zentorch"]["error"] < 1e-5
