@@ -42,7 +42,7 @@ help:  ## list the targets
 
 # The official package pins old versions of what it uses; without dependencies it works with today's. rtmlib asks for two
 # more builds of OpenCV, which would lie over the one that is there.
-.venv/.test: .venv/.core .venv/.node .venv/.browser
+.venv/.test: .venv/.core .venv/.node .venv/.browser .venv/.compiler
 	$(PIP) --no-build-isolation -e '.[test]'
 	$(PIP) --no-deps ltx-video rtmlib
 	touch $@
@@ -52,6 +52,13 @@ help:  ## list the targets
 	command -v chromium > /dev/null \
 	    || { (apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium) > .venv/browser.log 2>&1; } \
 	    || echo "Chromium could not be installed (.venv/browser.log), so the page is not tested: apt-get install chromium" >&2
+	touch $@
+
+# tests/fake_cuda compiles an emulated GPU. Where no compiler can be installed, those tests are skipped, and say so.
+.venv/.compiler: .venv/.made
+	command -v g++ > /dev/null && command -v ninja > /dev/null \
+	    || { (apt-get update -qq; apt-get install -y -qq --no-install-recommends g++ ninja-build) > .venv/compiler.log 2>&1; } \
+	    || echo "g++ could not be installed (.venv/compiler.log), so no GPU is emulated: apt-get install g++ ninja-build" >&2
 	touch $@
 
 # Clients of the server in JavaScript. Where there is no Node, PyPI has one. Without the registry of npm everything but
