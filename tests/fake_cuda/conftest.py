@@ -8,6 +8,7 @@ import pytest
 
 from tests.fake_cuda.extension import load_emulation, missing_requirement
 from tests.fake_cuda.kernels import definitions_as_kernels
+from tests.fake_cuda.modes import media as media
 from tests.fake_cuda.runtime import Runtime, emulated_cuda
 
 

@@ -6,23 +6,16 @@ Numbers are real: a tensor on the wrong device, a wrong dtype, a stale CUDA grap
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from kadr import Condition, Engine, Request
 from kadr.kernels import trial
-from kadr.media.writer import VideoWriter
-from kadr.sampling.settings import Guidance
-from kadr.shapes import Size
+from tests.fake_cuda.modes import GUIDANCE, TEAL_LORA, build_request, open_engine
 from tests.fake_cuda.runtime import Runtime
 from tests.fake_cuda.watch import DeviceWatch
 
-PROMPT = "a blue square moving left on a gray background"
-ASSETS = Path("src/kadr/assets/demo")
 FP32_ERROR, BF16_ERROR, INT8_ERROR, FP8_ERROR = 1e-4, 0.1, 0.05, 0.1  # relative, of the latents
 
 
@@ -31,7 +24,7 @@ class Case:
     """One mode.
 
     Args:
-        request: of the request; "IMAGE" and "CLIP" stand for files.
+        request: options of the request; see `build_request`.
         engine: options of `Engine.open`.
         max_error: of the latents against those of the CPU.
         on_cpu: other options there.
@@ -43,7 +36,6 @@ class Case:
     on_cpu: dict[str, Any] = field(default_factory=dict)
 
 
-GUIDANCE = Guidance(cfg_scale=3, stg_scale=1, rescale=0.7, skip_blocks=(1,), apg=0.0, cfg_star=True)
 BF16 = {"dtype": "bfloat16"}
 FP8_ON_CPU = {"quant": "fp8-weights"}  # a CPU has no fp8 matmuls
 RESIDENT = {"offload": "auto"}
@@ -61,7 +53,7 @@ CASES = {
     "RES 2S with an image": Case({"sampler": "res_2s", "conditions": [("IMAGE", 0, 0.9)], "image_noise": 0.15}),
     "step cache": Case({"cache": "first-block", "steps": 12}),
     "long video": Case({"frames": 49, "windows": {"frames": 33, "overlap": 8}, "steps": 4}),
-    "LoRA": Case({}, {"loras": [ASSETS / "demo-lora-teal.safetensors"]}),
+    "LoRA": Case({}, {"loras": [TEAL_LORA]}),
     "bfloat16": Case({}, BF16, BF16_ERROR),
     "int8": Case({}, {"quant": "int8"}, INT8_ERROR),
     "fp8": Case({}, {"quant": "fp8"} | BF16, FP8_ERROR, FP8_ON_CPU),
@@ -71,7 +63,7 @@ CASES = {
     "int8 blocks": Case({}, {"offload": "blocks", "quant": "int8"}, INT8_ERROR, RESIDENT),
     "Q8_0 blocks with a LoRA": Case(
         {},
-        {"offload": "blocks", "quant": "Q8_0", "loras": [ASSETS / "demo-lora-teal.safetensors"]},
+        {"offload": "blocks", "quant": "Q8_0", "loras": [TEAL_LORA]},
         FP32_ERROR,
         RESIDENT,
     ),
@@ -79,34 +71,10 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Paths of an image and a clip of 9 frames."""
-    folder = tmp_path_factory.mktemp("media")
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 128, 128, 3), dtype=np.uint8)
-    Image.fromarray(pixels[0]).save(folder / "image.png")
-    with VideoWriter(folder / "clip.mp4", Size(128, 128), 24) as writer:
-        writer.write(pixels)
-    return {"IMAGE": str(folder / "image.png"), "CLIP": str(folder / "clip.mp4")}
-
-
-def build_request(case: Case, media: dict[str, str]) -> Request:
-    options = {"steps": 6, **case.request}
-    options["conditions"] = [
-        Condition(media[name], frame=frame, strength=strength)
-        for name, frame, strength in options.get("conditions", ())
-    ]
-    return Request(prompt=PROMPT, seed=5, **options)
-
-
-def open_engine(device: str, options: dict[str, Any]) -> Engine:
-    return Engine.open("demo", device=device, prompt_cache=False, **{"dtype": "float32", **options})
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_mode_gives_the_video_of_the_cpu(name: str, cuda: Runtime, media: dict[str, str]) -> None:
     case = CASES[name]
-    request = build_request(case, media)
+    request = build_request(case.request, media)
     expected = open_engine("cpu", {**case.engine, **case.on_cpu}).generate(request)
     with DeviceWatch(cuda) as watch:
         video = open_engine("cuda", case.engine).generate(request)

@@ -29,6 +29,7 @@ from kadr.nn.weak_method import weak_method
 from kadr.quoting import quote
 from kadr.sampling.guidance import Perturbation
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
+from kadr.sampling.sigma_groups import SigmaGroups
 from kadr.sampling.step_cache import ResidualCache
 from kadr.validation import check_config_count, check_config_flag, check_config_number
 
@@ -307,6 +308,7 @@ class Transformer(nn.Module):
         text_mask: Tensor | None,
         sigma: Tensor,
         *,
+        sigma_groups: SigmaGroups | None = None,
         residual_cache: ResidualCache | None = None,
     ) -> Tensor:
         """Predicts the velocity of every token.
@@ -318,6 +320,7 @@ class Transformer(nn.Module):
             text_mask: (B, L), true for tokens that are not padding; None if nothing is padded, or for a result of
                 `project_text`.
             sigma: (B, 1) or (B, N) in [0, 1], fp32; the timestep is 1000 times that.
+            sigma_groups: tokens that share one of sigma (B, N); None: found here, for which the host waits for a GPU.
             residual_cache: step cache that may replace the blocks after the first; None: all blocks run.
 
         Returns:
@@ -326,7 +329,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: a mask beside the result of `project_text`.
         """
-        x, block_inputs, temb = self._embed_inputs(tokens, rope, text, text_mask, sigma)
+        x, block_inputs, temb = self._embed_inputs(tokens, rope, text, text_mask, sigma, sigma_groups)
         if residual_cache is not None:
             return self._project_out(run_blocks_cached(self.blocks, x, block_inputs, residual_cache)[0], temb)
         hidden_states = [x]
@@ -344,6 +347,7 @@ class Transformer(nn.Module):
         blocks: Collection[int],
         mode: str,
         rows: slice = slice(None),
+        sigma_groups: SigmaGroups | None = None,
         residual_cache: ResidualCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predicts the velocity of every token, and that of some samples with some blocks perturbed, for STG.
@@ -358,7 +362,7 @@ class Transformer(nn.Module):
         Returns:
             (B, N, C), and (rows, N, C).
         """
-        x, block_inputs, temb = self._embed_inputs(tokens, rope, text, text_mask, sigma)
+        x, block_inputs, temb = self._embed_inputs(tokens, rope, text, text_mask, sigma, sigma_groups)
         perturbation = Perturbation(tuple(blocks), mode, rows)
         if residual_cache is not None:
             x, perturbed = run_blocks_cached(self.blocks, x, block_inputs, residual_cache, perturbation)
@@ -400,13 +404,19 @@ class Transformer(nn.Module):
         return [cast(TransformerBlock, block).cross_attention for block in self.blocks]
 
     def _embed_inputs(
-        self, tokens: Tensor, rope: Rope, text: Tensor | TextKVCache, text_mask: Tensor | None, sigma: Tensor
+        self,
+        tokens: Tensor,
+        rope: Rope,
+        text: Tensor | TextKVCache,
+        text_mask: Tensor | None,
+        sigma: Tensor,
+        sigma_groups: SigmaGroups | None,
     ) -> tuple[Tensor, BlockInputs, Tensor]:
         """Embeds the inputs of the first block, and the timestep (B, 1 or N, D), which `_project_out` needs too."""
         if isinstance(text, TextKVCache) and text_mask is not None:
             raise ValueError("text_mask is given with a TextKVCache, which would ignore it; pass it to project_text")
         x = self.proj_in(tokens)
-        temb, adaln = self._embed_sigma(sigma, x.dtype)
+        temb, adaln = self._embed_sigma(sigma, x.dtype, sigma_groups)
         text_kv = text if isinstance(text, TextKVCache) else self.project_text(text, text_mask)
         return x, BlockInputs(text_kv, adaln, rope), temb
 
@@ -415,15 +425,18 @@ class Transformer(nn.Module):
         shift, scale = (self.scale_shift_table + temb[..., None, :]).unbind(-2)
         return self.proj_out(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale))
 
-    def _embed_sigma(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _embed_sigma(
+        self, sigma: Tensor, dtype: torch.dtype, sigma_groups: SigmaGroups | None
+    ) -> tuple[Tensor, Tensor]:
         """Embeds the timestep of sigma (B, 1 or N): (B, 1 or N, D), and for the adaLN of the blocks (B, 1 or N, 6, D).
 
         Tokens share few sigmas: each distinct one is embedded once.
         """
-        if sigma.shape[1] == 1:  # `unique` would wait for the GPU
+        if sigma.shape[1] == 1:
             temb = self.time_embed(sigma[:, 0] * 1000, dtype)
             return temb[:, None], self.adaln_linear(F.silu(temb)).unflatten(-1, (6, -1))[:, None]
-        distinct_sigmas, indices = sigma.unique(return_inverse=True)
+        groups = SigmaGroups.from_values(sigma) if sigma_groups is None else sigma_groups
+        distinct_sigmas, indices = groups.distinct(sigma)
         temb = self.time_embed(distinct_sigmas * 1000, dtype)
         adaln = self.adaln_linear(F.silu(temb)).unflatten(-1, (6, -1))
         return temb[indices], adaln[indices]

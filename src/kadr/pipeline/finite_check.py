@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kadr.memory.host_copies import start_copy
+
 PendingFlag = Callable[[], bool]
 
 
@@ -80,13 +82,5 @@ def is_finite(x: Tensor) -> Tensor:
 
 def _copy_flag_to_host(flag: Tensor) -> PendingFlag:
     """Starts the copy of a flag from a GPU; the function returned waits for it."""
-    host = torch.empty((), dtype=torch.bool, pin_memory=True)
-    host.copy_(flag, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(flag.device))
-
-    def read_flag() -> bool:
-        copied.synchronize()
-        return bool(host)
-
-    return read_flag
+    finish_copy = start_copy(flag)
+    return lambda: bool(finish_copy())

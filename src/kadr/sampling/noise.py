@@ -25,3 +25,10 @@ class NoiseStreams:
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         return torch.randn(tuple(shape), generator=generator)
+
+
+def move_noise(noise: Tensor, device: torch.device) -> Tensor:
+    """Moves noise from the CPU to a device. The host does not wait for a GPU."""
+    if device.type == "cuda":
+        noise = noise.pin_memory()  # else the copy would wait for all work before it
+    return noise.to(device, non_blocking=device.type == "cuda")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # sigma of the evaluation, tokens (B, N, C), sigma of each token (B, 1 or N) -> velocity (B, N, C)
 Denoiser = Callable[[float, "Tensor", "Tensor"], "Tensor"]
-DrawNoise = Callable[[int, "torch.Size"], "Tensor"]  # step index, shape -> standard normal noise, fp32, on the CPU
+DrawNoise = Callable[[int, "torch.Size"], "Tensor"]  # step index, shape -> standard normal noise, fp32
 PrepareState = Callable[[int, LatentState, "Tensor"], LatentState]  # step index, state, sigma -> state
 WatchStep = Callable[[int, float, LatentState], None]  # step index, sigma, state after the step
 

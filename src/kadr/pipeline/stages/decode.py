@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kadr.media.postprocess import crop_margins, denormalize, resize_frames, to_uint8
+from kadr.memory.host_copies import copy_to_host
 from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import WindowedLatents, rechunk
@@ -48,8 +49,17 @@ class DecodeStage:
         self, latents: Tensor | WindowedLatents, noise: Tensor | None, dtype: torch.dtype | None
     ) -> Iterator[Tensor]:
         """Decodes as `decode` does, without its retries. dtype: dtype to compute in, instead of the plan's."""
+        progress, frames_done = StageProgress("decode", self.request.frames, self.watch), 0
+        for frames in copy_to_host(self._decode_on_device(latents, noise, dtype)):
+            frames_done += len(frames)
+            yield frames
+            progress.report(frames_done)
+
+    def _decode_on_device(
+        self, latents: Tensor | WindowedLatents, noise: Tensor | None, dtype: torch.dtype | None
+    ) -> Iterator[Tensor]:
+        """Yields frames as `decode` does, on the device. They are finite once the next ones are yielded, or the end."""
         modules, request = self.modules, self.request
-        progress = StageProgress("decode", request.frames, self.watch)
         finite_check = FiniteCheck.for_device(modules.device)
         sampled_size, frames_done = request.sampled_size, 0
         stage_dtype = dtype or modules.stage_dtype("decode")
@@ -67,12 +77,11 @@ class DecodeStage:
             ):
                 finite_check.check(chunk, f"frame {frames_done + 1} of {request.frames}")
                 unit_range = crop_margins(resize_frames(denormalize(chunk[0]), sampled_size), request.size)
-                frames = to_uint8(unit_range)[: request.frames - frames_done].cpu()
-                finite_check.synchronize()  # costs no wait: the copy of the frames has synchronized already
+                frames = to_uint8(unit_range)[: request.frames - frames_done]
                 frames_done += len(frames)
                 if len(frames):
                     yield frames
-                    progress.report(frames_done)
+            finite_check.synchronize()
 
     def _prepare_latents(
         self, latents: Tensor | WindowedLatents, noise: Tensor | None, *, add_noise: bool

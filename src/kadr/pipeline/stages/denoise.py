@@ -26,10 +26,11 @@ from kadr.request.passes import ResolvedPass, noise_stream_name
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.sampling.conditioning import add_image_noise
 from kadr.sampling.guidance import Perturbation, PromptEmbeddings, guided_denoiser
-from kadr.sampling.noise import NoiseStreams
+from kadr.sampling.noise import NoiseStreams, move_noise
 from kadr.sampling.positions import token_positions
 from kadr.sampling.reference_tokens import ReferenceTokens
 from kadr.sampling.samplers import EULER, SAMPLERS, Denoiser
+from kadr.sampling.sigma_groups import SigmaGroups
 from kadr.sampling.state import LatentState
 from kadr.sampling.step_cache import PassCache
 from kadr.shapes import LatentGrid
@@ -126,7 +127,10 @@ class DenoiseStage:
             )
 
             embeddings = [item._replace(embeddings=item.embeddings.to(stage_dtype)) for item in prompt_embeddings]
-            denoiser = self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, embeddings)
+            groups = SigmaGroups.from_mask(
+                state.conditioning_mask, _num_references(reference_tokens), like=state.tokens
+            )
+            denoiser = self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, groups, embeddings)
             preview = None if self.preview_map is None else StepPreview(self.preview_map, denoiser, resolved_pass.grid)
 
             def watch(index: int, sigma: float, state: LatentState) -> None:
@@ -151,6 +155,7 @@ class DenoiseStage:
         transformer: Transformer,
         rope: Rope,
         reference_tokens: ReferenceTokens | None,
+        sigma_groups: SigmaGroups | None,
         prompt_embeddings: Sequence[PromptEmbeddings],
     ) -> Denoiser:
         dtype = prompt_embeddings[0].embeddings.dtype
@@ -168,7 +173,9 @@ class DenoiseStage:
             if reference_tokens is not None:
                 tokens, sigma = reference_tokens.append_to(tokens, sigma)
             arguments = (tokens.to(dtype), rope, text_caches[key], None, sigma)
-            options: dict[str, Any] = {} if pass_cache is None else {"residual_cache": pass_cache.residual_cache(key)}
+            options: dict[str, Any] = {} if sigma_groups is None else {"sigma_groups": sigma_groups}
+            if pass_cache is not None:
+                options["residual_cache"] = pass_cache.residual_cache(key)
             if perturbation is None:
                 return transformer(*arguments, **options)[:, :count], None
             velocity, perturbed = transformer.forward_with_perturbed(*arguments, **perturbation._asdict() | options)
@@ -186,7 +193,7 @@ class DenoiseStage:
         return denoiser if pass_cache is None else pass_cache.wrap(denoiser)
 
     def _step_noise(self, resolved_pass: ResolvedPass, name: str) -> StepNoise:
-        return StepNoise(self.noise_streams, noise_stream_name(resolved_pass, name))
+        return StepNoise(self.noise_streams, noise_stream_name(resolved_pass, name), self.modules.device)
 
 
 class StepPreview:
@@ -214,13 +221,18 @@ class StepPreview:
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Noise for each step of a pass, one stream per step."""
+    """Noise for each step of a pass, one stream per step, on a device."""
 
     noise_streams: NoiseStreams
     stream_name: str
+    device: torch.device
 
     def __call__(self, index: int, shape: torch.Size) -> Tensor:
-        return self.noise_streams.draw(f"{self.stream_name} {index}", shape)
+        return move_noise(self.noise_streams.draw(f"{self.stream_name} {index}", shape), self.device)
+
+
+def _num_references(reference_tokens: ReferenceTokens | None) -> int:
+    return 0 if reference_tokens is None else reference_tokens.tokens.shape[1]
 
 
 def _all_positions(state: LatentState, reference_tokens: ReferenceTokens | None) -> Tensor:
