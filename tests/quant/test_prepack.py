@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kadr.kernels import int8, matmul, mode
+from kadr.kernels import matmul, mode
+from kadr.kernels.cpu import int8 as cpu_int8
+from kadr.kernels.cpu import tokens
+from kadr.kernels.int8 import has_int8_units, quantize_rows
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE, blocks
 from kadr.models.vae.blocks import DepthToSpaceUpsample, ResnetBlock3D
@@ -35,7 +38,7 @@ CONFIG = TransformerConfig(num_layers=2, num_heads=4, head_dim=64, caption_chann
 bfloat16 = pytest.mark.skipif(
     not should_prepack_linears(torch.bfloat16, CPU), reason="this CPU has no units for bfloat16"
 )
-vnni = pytest.mark.skipif(not int8.has_int8_units(), reason="this CPU has no VNNI or AMX")
+vnni = pytest.mark.skipif(not has_int8_units(), reason="this CPU has no VNNI or AMX")
 convolutions = pytest.mark.skipif(not should_prepack_convs(torch.float32, CPU), reason="torch has no oneDNN here")
 
 
@@ -67,7 +70,7 @@ def test_a_prepacked_linear_equals_the_plain_one() -> None:
 
 @vnni
 def test_a_prepacked_int8_linear_equals_the_plain_one() -> None:
-    codes, scale = int8.quantize_rows(randn(48, 64) / 8)
+    codes, scale = quantize_rows(randn(48, 64) / 8)
     x, bias = randn(2, 7, 64, seed=3), randn(48, seed=2)
     plain = Int8Linear(codes, scale.flatten(), bias)
     assert relative_error(PrepackedInt8Linear(plain)(x), plain(x)) <= 1e-5
@@ -85,8 +88,8 @@ def test_unsigned_rows_are_off_by_about_half_a_step_and_zeros_by_none() -> None:
     for dtype, step in ((torch.float32, 0.5001), (torch.bfloat16, 0.51)):
         values = x.to(dtype)
         before = values.clone()
-        rows = int8.quantize_rows_unsigned(values)
-        dequantized = (rows.codes.float() - int8.ZERO_POINT) * rows.scales.float()
+        rows = cpu_int8.quantize_rows_unsigned(values)
+        dequantized = (rows.codes.float() - cpu_int8.ZERO_POINT) * rows.scales.float()
         assert torch.equal(values, before)
         assert ((dequantized - values.float()).abs() <= step * rows.scales.float()).all()
         assert not dequantized[4].any()
@@ -94,10 +97,10 @@ def test_unsigned_rows_are_off_by_about_half_a_step_and_zeros_by_none() -> None:
 
 @vnni
 def test_quantized_gelu_rows_match_torchs_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "ACTIVATION_SLICE_ELEMENTS", 3 * 64)
+    monkeypatch.setattr(tokens, "SLICE_ELEMENTS", 3 * 64)
     x = 3 * randn(10, 64)
-    rows, expected = int8.quantize_rows_unsigned(x, gelu=True), F.gelu(x, approximate="tanh")
-    dequantized = (rows.codes.float() - int8.ZERO_POINT) * rows.scales
+    rows, expected = cpu_int8.quantize_rows_unsigned(x, gelu=True), F.gelu(x, approximate="tanh")
+    dequantized = (rows.codes.float() - cpu_int8.ZERO_POINT) * rows.scales
     assert ((dequantized - expected).abs() <= 0.51 * rows.scales).all()
 
 

@@ -42,7 +42,7 @@ ATTENTION_MAX_RELATIVE_ERROR = {torch.float32: 1e-3}
 MAX_RELATIVE_ERROR_16BIT = 0.02  # for 16-bit dtypes, where a correct result is about 0.004 off
 EFFICIENT_BIAS_ALIGNMENT = 16  # elements between the rows of a bias of memory-efficient attention
 # On CPUs: with fewer logits, whatever computes them takes a few milliseconds, and torch's choice does.
-MIN_CPU_LOGITS = 1 << 21
+MIN_CPU_LOGITS = 1 << 20
 CPU_TRIAL_FLOPS = 2e10  # of the heads that candidates are timed with
 CPU_TIMING_RUNS = 3  # the fastest counts
 

@@ -1,30 +1,20 @@
 """Matmuls in 8-bit integers (W8A8): weights scaled per output channel, activations per token.
 
 `linear` is the definition, and runs everywhere; on CUDA, quantization and rescaling go through `fused`. On x86 CPUs
-with VNNI, `prepack_weight`, `quantize_rows_unsigned` and `prepacked_linear` do the same through oneDNN: the weight has
-the memory order that its kernels read, activations are unsigned (those kernels multiply unsigned by signed), and the
-scale of the output channels is applied before the sums leave the registers.
+with VNNI `kernels.cpu.int8` does the same through oneDNN.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kadr.kernels import fused, reference
-from kadr.kernels.reference import MIN_ABS_MAX
 
-INT8_MAX = 127  # -128 is not used, so that the range is symmetric
 RESCALE_SLICE_ELEMENTS = 131_072  # sums rescaled at a time, so that they stay in a core's cache
-ACTIVATION_SLICE_ELEMENTS = 262_144  # activations quantized at a time, for the same reason; measured
-ZERO_POINT = 128  # code of 0 in unsigned activations
-ROUND_UP_FACTOR = 1 + 2.0**-8  # a scale times this, rounded to bfloat16, is no less than the scale
-# GELU in its tanh form is x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³): the factors of x and of x³ in 2u.
-GELU_LINEAR, GELU_CUBIC = 1.5957691216057308, 0.07135481282553484
 MIN_CUDA_ROWS, INT8_ALIGNMENT = 17, 8  # of torch._int_mm on CUDA; its other sides are multiples of the second
 
 
@@ -88,63 +78,3 @@ def has_int8_units() -> bool:
     """
     has_units = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
     return bool(has_units and torch.backends.mkldnn.is_available())
-
-
-class UnsignedRows(NamedTuple):
-    """Activations in 8 bits: codes uint8 (R, K) with the zero point 128, and their scales (R, 1)."""
-
-    codes: Tensor
-    scales: Tensor
-
-
-def prepack_weight(weight: Tensor) -> Tensor:
-    """Reorders a weight, int8 (O, K), as oneDNN reads it; only `prepacked_linear` takes the result."""
-    prepacked: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
-    return prepacked
-
-
-def quantize_rows_unsigned(x: Tensor, *, gelu: bool = False) -> UnsignedRows:
-    """Quantizes x (R, K), or with `gelu` its GELU, to 8 bits per row, a few rows at a time so that they stay in cache.
-
-    The scales are in x's dtype, and activations are divided by the scales as rounded to it: nothing is lost when the
-    output is scaled in that dtype.
-    """
-    rows, columns = x.shape
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
-    signed_codes, scales = codes.view(torch.int8), torch.empty(rows, 1, dtype=x.dtype)
-    step = max(1, ACTIVATION_SLICE_ELEMENTS // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        values = _gelu(x[part].float()) if gelu else x[part].float()
-        scale = values.abs().amax(dim=-1, keepdim=True).clamp_(min=MIN_ABS_MAX).div_(INT8_MAX)
-        scale = scale if x.dtype == torch.float32 else (scale * ROUND_UP_FACTOR).to(x.dtype)
-        scales[part] = scale
-        # By way of int8: torch converts to uint8 without vector instructions, six times as slowly.
-        signed_codes[part] = torch.mul(values, scale.float().reciprocal_()).round_()
-        codes[part].add_(ZERO_POINT)  # wraps around
-    return UnsignedRows(codes, scales)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """Computes GELU in its tanh form by a sigmoid, in half the time of a tanh."""
-    return torch.square(x).mul_(GELU_CUBIC).add_(GELU_LINEAR).mul_(x).sigmoid_().mul_(x)
-
-
-def prepacked_linear(rows: UnsignedRows, prepacked_weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes `linear` of rows by `quantize_rows_unsigned` and a weight by `prepack_weight`.
-
-    Returns:
-        (R, O) in the dtype of the rows' scales.
-    """
-    dtype = rows.scales.dtype
-    zeros = _zero_points(len(weight_scale))
-    qlinear = torch.ops.onednn.qlinear_pointwise
-    output: Tensor = qlinear(
-        rows.codes, 1.0, ZERO_POINT, prepacked_weight, weight_scale, zeros, None, 1.0, 0, dtype, "none", [], ""
-    )
-    return output.mul_(rows.scales) if bias is None else torch.addcmul(bias, output, rows.scales, out=output)
-
-
-@cache
-def _zero_points(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int64)

@@ -20,7 +20,7 @@ from kadr.kernels.cuda_graphs import GraphBackend, GraphedCallable
 from kadr.models.block_inputs import BlockInputs, TextKVCache
 from kadr.models.block_loop import run_blocks, run_blocks_cached
 from kadr.nn.attention import PERTURB_TO_INPUT, PERTURB_TO_VALUES, Attention, KeysValues
-from kadr.nn.linear import Linear, mlp
+from kadr.nn.linear import Linear, Quantized, mlp, next_modulated_input
 from kadr.nn.modulation import compute_adaln_params, init_scale_shift_table
 from kadr.nn.padding import unpadded_length
 from kadr.nn.rope import Rope, rope_table
@@ -168,7 +168,7 @@ class FeedForward(nn.Module):
         self.up = Linear(width_in, hidden_width)
         self.down = Linear(hidden_width, width_out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         return mlp(self.up, self.down, x)
 
 
@@ -223,13 +223,14 @@ class TransformerBlock(nn.Module):
             perturbed_value: for the self-attention; see `Attention.forward`.
         """
         attn_mod, mlp_mod = compute_adaln_params(self.scale_shift_table, adaln)
-        h = fused.norm_modulate(x, attn_mod.scale, attn_mod.shift)  # (B, N, D)
+        feed_forward = self.feed_forward
+        h = self.self_attention.modulated_input(x, attn_mod.scale, attn_mod.shift, perturbed_value)  # (B, N, D)
         h = self.self_attention(h, rope=rope, perturbed_value=perturbed_value)
         x = fused.gate_residual(x, attn_mod.gate, h)
         # `h` is reused: a tensor under another name would stay in memory until the block ends.
         h = self.cross_attention(x, text_kv, bias=text_bias)
-        x, h = fused.gate_residual_norm_modulate(x, None, h, mlp_mod.scale, mlp_mod.shift)
-        return fused.gate_residual(x, mlp_mod.gate, self.feed_forward(h))
+        x, h = next_modulated_input(x, None, h, mlp_mod.scale, mlp_mod.shift, feed_forward.up)
+        return fused.gate_residual(x, mlp_mod.gate, feed_forward(h))
 
 
 class Transformer(nn.Module):

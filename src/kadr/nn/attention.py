@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kadr.kernels import attention, fused
-from kadr.nn.linear import Linear, linear_shared_input, uses_8bit_matmul
+from kadr.nn.linear import Linear, Quantized, linear_shared_input, modulated_input, uses_8bit_matmul
 from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
 
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Quantized,
         kv: KeysValues | None = None,
         *,
         rope: Rope | None = None,
@@ -59,6 +59,7 @@ class Attention(nn.Module):
         """Attends from x (B, N, D) to a context, or to x itself, and returns (B, N, D).
 
         Args:
+            x: quantized by `modulated_input` only for self-attention that is not perturbed.
             kv: keys and values from `project_kv`, for cross-attention; None: self-attention.
             rope: for self-attention.
             bias: added to the logits, (B, 1, 1, M).
@@ -67,7 +68,10 @@ class Attention(nn.Module):
         """
         if perturbed_value is not None:
             return self.out(self.v(x) if perturbed_value == PERTURB_TO_VALUES else x)
-        q, kv = self._project_qkv(x, rope) if kv is None else (self.q(x), kv)
+        if kv is None:
+            q, kv = self._project_qkv(x, rope)
+        else:
+            (q,) = linear_shared_input(x, self.q)
         q = self._norm_rotate_split(q, self.q_norm, rope, factor=(q.shape[-1] // self.num_heads) ** -0.5)
         attended = attention.attend(q, *kv, bias, may_round=uses_8bit_matmul(self.q))
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -77,7 +81,15 @@ class Attention(nn.Module):
         k, v = linear_shared_input(context, self.k, self.v)
         return KeysValues(self._norm_rotate_split(k, self.k_norm, None), self._split_heads(v))
 
-    def _project_qkv(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, KeysValues]:
+    def modulated_input(
+        self, x: Tensor, scale: Tensor, shift: Tensor, perturbed_value: str | None
+    ) -> Tensor | Quantized:
+        """Returns the input of self-attention as a branch of a block: norm and modulation of x (B, N, D)."""
+        if perturbed_value is not None:
+            return fused.norm_modulate(x, scale, shift)
+        return modulated_input(x, scale, shift, self.q, self.k, self.v)
+
+    def _project_qkv(self, x: Tensor | Quantized, rope: Rope | None) -> tuple[Tensor, KeysValues]:
         """Projects x to raw queries (B, N, D), and to keys and values for self-attention."""
         q, k, v = linear_shared_input(x, self.q, self.k, self.v)
         return q, KeysValues(self._norm_rotate_split(k, self.k_norm, rope), self._split_heads(v))

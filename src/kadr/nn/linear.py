@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kadr.kernels import fused
 from kadr.kernels.matmul import linear, linear_gelu
 
 
@@ -22,9 +23,26 @@ class QuantizesInput(nn.Module):
         """Quantizes x, or gelu(x), for `matmul`."""
         raise NotImplementedError
 
+    def quantize_modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        """Quantizes the input of a branch, `fused.norm_modulate` of x (B, N, D), for `matmul`."""
+        return self.quantize_input(fused.norm_modulate(x, scale, shift))
+
+    def quantize_next(
+        self, x: Tensor, gate: Tensor | None, branch: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Ends a branch by `fused.gate_residual`, and quantizes the input of the next for `matmul`."""
+        x = fused.gate_residual(x, gate, branch)
+        return x, self.quantize_modulated(x, scale, shift)
+
     def matmul(self, quantized: Any) -> Tensor:
         """Returns the output of the layer for a quantized input."""
         raise NotImplementedError
+
+
+class Quantized(NamedTuple):
+    """An input that is quantized already, for layers of one weight format."""
+
+    value: Any
 
 
 class FusedGELU(nn.Module):
@@ -129,23 +147,58 @@ def uses_8bit_matmul(layer: nn.Module) -> bool:
     return isinstance(layer.base if isinstance(layer, LoRALinear) else layer, QuantizesInput)
 
 
-def linear_shared_input(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+def _shared_quantizer(layers: tuple[nn.Module, ...]) -> QuantizesInput | None:
+    """Returns the layer that quantizes the input of all these active layers; None where each takes it as it is."""
+    first = layers[0]
+    is_shared = isinstance(first, QuantizesInput) and all(type(layer) is type(first) for layer in layers)
+    return first if is_shared and isinstance(first, QuantizesInput) else None
+
+
+def modulated_input(x: Tensor, scale: Tensor, shift: Tensor, *layers: nn.Module) -> Tensor | Quantized:
+    """Returns the input of a branch that begins with these layers: norm and modulation of x, and quantization.
+
+    Args:
+        x: (B, N, D).
+        scale, shift: see `fused.norm_modulate`.
+        layers: of one weight format. `linear_shared_input` and `mlp` take the result for them.
+    """
+    quantizer = _shared_quantizer(tuple(map(active_layer, layers)))
+    if quantizer is None:
+        return fused.norm_modulate(x, scale, shift)
+    return Quantized(quantizer.quantize_modulated(x, scale, shift))
+
+
+def next_modulated_input(
+    x: Tensor, gate: Tensor | None, branch: Tensor, scale: Tensor, shift: Tensor, *layers: nn.Module
+) -> tuple[Tensor, Tensor | Quantized]:
+    """Ends a branch by `fused.gate_residual` and returns its result, and `modulated_input` of that."""
+    quantizer = _shared_quantizer(tuple(map(active_layer, layers)))
+    if quantizer is None:
+        return fused.gate_residual_norm_modulate(x, gate, branch, scale, shift)
+    x, quantized = quantizer.quantize_next(x, gate, branch, scale, shift)
+    return x, Quantized(quantized)
+
+
+def linear_shared_input(x: Tensor | Quantized, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Applies layers of one weight format to the same x. Quantizes x only once where they allow it."""
     layers = tuple(map(active_layer, layers))
-    first = layers[0]
-    if not isinstance(first, QuantizesInput) or any(type(layer) is not type(first) for layer in layers):
-        return tuple(layer(x) for layer in layers)
-    quantized = first.quantize_input(x)
-    return tuple(layer.matmul(quantized) for layer in layers if isinstance(layer, QuantizesInput))
+    if isinstance(x, Tensor):
+        quantizer = _shared_quantizer(layers)
+        if quantizer is None:
+            return tuple(layer(x) for layer in layers)
+        x = Quantized(quantizer.quantize_input(x))
+    return tuple(layer.matmul(x.value) for layer in layers if isinstance(layer, QuantizesInput))
 
 
-def mlp(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
+def mlp(up: nn.Module, down: nn.Module, x: Tensor | Quantized) -> Tensor:
     """Computes down(gelu(up(x))), with the tanh form of GELU."""
     up, down = active_layer(up), active_layer(down)
-    if isinstance(up, FusedGELU):
+    if isinstance(up, FusedGELU) and isinstance(x, Tensor):
         out: Tensor = down(up.with_gelu(x))
-    elif isinstance(down, QuantizesInput):
-        out = down.matmul(down.quantize_input(up(x), gelu=True))
+        return out
+    (hidden,) = linear_shared_input(x, up)
+    if isinstance(down, QuantizesInput):
+        out = down.matmul(down.quantize_input(hidden, gelu=True))
     else:
-        out = down(F.gelu(up(x), approximate="tanh"))
+        out = down(F.gelu(hidden, approximate="tanh"))
     return out

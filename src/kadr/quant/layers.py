@@ -168,6 +168,19 @@ class W8A8Linear(QuantizesInput):
         codes, scales = fused.gelu_quantize(rows, code_dtype) if gelu else fused.quantize_rows(rows, code_dtype)
         return QuantizedInput(codes, scales, x.shape[:-1], x.dtype)
 
+    def quantize_modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> QuantizedInput:
+        """See `QuantizesInput.quantize_modulated`: one kernel on GPUs."""
+        codes, scales = fused.norm_modulate_quantize(x, scale, shift, self.weight.dtype)
+        return QuantizedInput(codes.flatten(0, -2), scales.flatten(0, -2), x.shape[:-1], x.dtype)
+
+    def quantize_next(
+        self, x: Tensor, gate: Tensor | None, branch: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, QuantizedInput]:
+        """See `QuantizesInput.quantize_next`: one kernel on GPUs."""
+        arguments = (x, gate, branch, scale, shift)
+        x, codes, scales = fused.gate_residual_norm_modulate_quantize(*arguments, self.weight.dtype)
+        return x, QuantizedInput(codes.flatten(0, -2), scales.flatten(0, -2), x.shape[:-1], x.dtype)
+
     def dequantize_weight(self, x: Tensor) -> Tensor:
         """Returns the weight (out_features, in_features) in the dtype of x."""
         weight = x.new_empty(self.weight.shape)

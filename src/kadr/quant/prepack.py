@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kadr.cancellation import check_cancelled
-from kadr.kernels import int8, mode
-from kadr.kernels.cpu import winograd
+from kadr.kernels import mode
+from kadr.kernels.cpu import int8, tokens, winograd
 from kadr.kernels.cpu.malloc import mmap_large_allocations
+from kadr.kernels.fused import norm_modulate
+from kadr.kernels.int8 import has_int8_units
 from kadr.kernels.matmul import has_bf16_units, linear, linear_gelu
 from kadr.nn.conv import KERNEL_SIZE, CausalConv3d, ChunkedConv3d
 from kadr.nn.linear import FusedGELU, Linear, QuantizesInput
@@ -63,7 +65,7 @@ class PrepackedLinear(FusedGELU):
 
 
 class PrepackedInt8Linear(QuantizesInput):
-    """`Int8Linear` through oneDNN; see `kernels.int8.prepacked_linear`."""
+    """`Int8Linear` through oneDNN; see `kernels.cpu.int8`."""
 
     scale: Tensor
 
@@ -79,6 +81,12 @@ class PrepackedInt8Linear(QuantizesInput):
     def quantize_input(self, x: Tensor, *, gelu: bool = False) -> tuple[int8.UnsignedRows, torch.Size]:
         """Quantizes x (..., K), or its GELU, to 8 bits per row. Returns the rows and the leading shape of x."""
         return int8.quantize_rows_unsigned(x.reshape(-1, x.shape[-1]), gelu=gelu), x.shape[:-1]
+
+    def quantize_modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[int8.UnsignedRows, torch.Size]:
+        """See `QuantizesInput.quantize_modulated`: one pass over memory."""
+        if tokens.is_supported(x, scale, shift):
+            return int8.norm_modulate_quantize(x, scale, shift), x.shape[:-1]
+        return self.quantize_input(norm_modulate(x, scale, shift))
 
     def matmul(self, quantized: tuple[int8.UnsignedRows, torch.Size]) -> Tensor:
         """Multiplies a quantized input with the weight and adds the bias -> (..., O)."""
@@ -140,7 +148,7 @@ def prepack_linears(module: nn.Module, *, release: ReleaseTensors = release_noth
                 weight = child.weight.detach()
                 setattr(parent, name, PrepackedLinear(weight, child.bias).eval())
                 release([weight])
-            elif isinstance(child, Int8Linear) and int8.has_int8_units() and mode.current() != mode.REFERENCE:
+            elif isinstance(child, Int8Linear) and has_int8_units() and mode.current() != mode.REFERENCE:
                 setattr(parent, name, PrepackedInt8Linear(child).eval())
 
 

@@ -11,6 +11,8 @@ Both products run at the speed of large matrices, and a softmax in float32 is ne
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,40 +89,50 @@ def _key_bias(bound: Tensor, keys: int, is_kept: Tensor | None) -> Tensor:
 def _attend_head(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, output: Tensor, is_exact: bool) -> None:
     """Writes the attention of one head into `output` (N, d). q: (N, d), k, v: (M, d), key_bias: (M')."""
     padding = len(key_bias) - len(k)
+    queries = q.contiguous()
     key_matrix, value_matrix = (F.pad(t, (0, 0, 0, padding)) if padding else t.contiguous() for t in (k, v))
     value_matrix = value_matrix.t()
     count = max(1, -(-len(q) * len(key_bias) * q.itemsize // WEIGHT_BYTES))
     if count >= MIN_PREPACKED_SLICES:
         key_matrix, value_matrix = map(torch.ops.mkldnn._reorder_linear_weight, (key_matrix, value_matrix))
-    step = -(-len(q) // count)
-    for start in range(0, len(q), step):
+    slices: list[_Sums] = []
+    for rows in queries.split(-(-len(q) // count)):
         check_cancelled()
-        rows = slice(start, start + step)
-        weights = torch.ops.mkldnn._linear_pointwise(q[rows].contiguous(), key_matrix, key_bias, "sigmoid", [], "")
-        sums = weights.unflatten(-1, (PARTIAL_SUMS, -1)).sum(-1).sum(-1, keepdim=True, dtype=torch.float32)
-        if bool((sums >= MIN_SUM).all()):
-            output[rows] = _sum_values(weights, value_matrix, is_exact).div_(sums)
-        else:
-            output[rows] = _attend_widely(q[rows], k, v, key_bias[: len(k)])
-        del weights  # before the next ones exist
+        slices.append(_sum_slice(rows, key_matrix, value_matrix, key_bias, is_exact))
+    values, remainders, weights = slices[0] if count == 1 else map(torch.cat, zip(*slices, strict=True))
+    total = weights.sum(-1, keepdim=True, dtype=torch.float32)
+    sums = values.float()
+    output.copy_((sums.add_(remainders) if is_exact else sums).div_(total))
+    is_kept = total >= MIN_SUM
+    if not bool(is_kept.all()):
+        lost = is_kept.logical_not_()[:, 0].nonzero()[:, 0]
+        output[lost] = _attend_widely(q[lost], k, v, key_bias[: len(k)]).to(output.dtype)
+
+
+class _Sums(NamedTuple):
+    """Sums over the keys for some queries: of weighted values, what rounding left out of them, and of weights."""
+
+    values: Tensor  # (N, d)
+    remainders: Tensor  # (N, d); (0, d) where they are not computed
+    weights: Tensor  # (N, PARTIAL_SUMS)
+
+
+def _sum_slice(q: Tensor, key_matrix: Tensor, value_matrix: Tensor, key_bias: Tensor, is_exact: bool) -> _Sums:
+    """Computes the sums for some queries (N, d).
+
+    oneDNN rounds sums of values to bfloat16. A second product less the rounded sums gives what rounding left out.
+    """
+    linear = torch.ops.mkldnn._linear_pointwise
+    weights = linear(q, key_matrix, key_bias, "sigmoid", [], "")
+    values = linear(weights, value_matrix, None, "none", [], "")
+    remainders = linear.binary(weights, values, value_matrix, None, "sub") if is_exact else values[:0]
+    return _Sums(values, remainders, weights.unflatten(-1, (PARTIAL_SUMS, -1)).sum(-1))
 
 
 def _bound_logits(q: Tensor, k: Tensor) -> Tensor:
     """Returns a bound of the logits of each head (H), with the margin; NaN where an input is not finite."""
     largest_q, largest_k = (torch.linalg.vector_norm(t, dim=-1).amax(-1).float() for t in (q, k))
     return largest_q * largest_k * (1 + 2.0**-6) + MARGIN  # the norms are rounded to bfloat16
-
-
-def _sum_values(weights: Tensor, value_matrix: Tensor, is_exact: bool) -> Tensor:
-    """Multiplies weights (N, M) with values (d, M) -> fp32 (N, d).
-
-    oneDNN rounds the sums to bfloat16. A second product less the rounded sums gives what rounding left out.
-    """
-    sums = torch.ops.mkldnn._linear_pointwise(weights, value_matrix, None, "none", [], "")
-    if not is_exact:
-        return sums.float()
-    remainder = torch.ops.mkldnn._linear_pointwise.binary(weights, sums, value_matrix, None, "sub")
-    return sums.float().add_(remainder)
 
 
 def _attend_widely(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> Tensor:

@@ -36,12 +36,17 @@ class Rows(NamedTuple):
 def rows_in_float32(x: Tensor) -> Iterator[Rows]:
     """Yields the rows of x (B, N, D), converted to float32, slice by slice in one buffer."""
     samples, count, width = x.shape
-    step = max(1, SLICE_ELEMENTS // width)
-    buffer = torch.empty(min(step, count), width)
+    buffer = slice_buffer(count, width)
+    step = max(1, len(buffer))
     for sample in range(samples):
         for start in range(0, count, step):
             part = slice(start, min(count, start + step))
             yield Rows(sample, part, buffer[: part.stop - start].copy_(x[sample, part]))
+
+
+def slice_buffer(rows: int, width: int) -> Tensor:
+    """Returns an uninitialised tensor, fp32, for as many rows of that width as are worked on at a time."""
+    return torch.empty(min(rows, max(1, SLICE_ELEMENTS // width)), width)
 
 
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float = 1e-6) -> Tensor:
