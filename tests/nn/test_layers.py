@@ -210,7 +210,7 @@ def official_attention(ours: Attention, context_width: int | None, rope: bool) -
 def test_self_attention_equals_official():
     ours = build_random(lambda: Attention(48, 4))
     x, rope = randn(2, 7, 48), rope_of(ONE_POSITION * torch.arange(7.0), 48)
-    expected = official_attention(ours, None, True)(x, freqs_cis=tuple(rope))
+    expected = official_attention(ours, None, True)(x, freqs_cis=cosine_sine(rope))
     assert relative_error(ours(x, rope=rope), expected) <= 1e-6
 
 
@@ -219,7 +219,7 @@ def test_cross_attention_to_another_width_equals_official():
     ours = build_random(lambda: Attention(48, 4, context_width=20))
     x, text, bias = randn(2, 7, 48), randn(2, 5, 20, seed=2), torch.zeros(2, 1, 1, 5)
     bias[1, ..., 3:] = -10000.0
-    rope = tuple(rope_of(ONE_POSITION * torch.arange(7.0), 48))  # the official cross-attention ignores it
+    rope = cosine_sine(rope_of(ONE_POSITION * torch.arange(7.0), 48))  # the official cross-attention ignores it
     expected = official_attention(ours, 20, True)(x, rope, encoder_hidden_states=text, attention_mask=bias[:, 0])
     assert relative_error(ours(x, ours.project_kv(text), bias=bias), expected) <= 1e-6
 

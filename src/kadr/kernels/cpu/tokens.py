@@ -76,9 +76,8 @@ class Modulation:
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         self._is_shared = scale.shape[1] == shift.shape[1] == 1
-        self.scale, self.shift = (scale.float(), shift.float()) if self._is_shared else (scale, shift)
-        if self._is_shared:
-            self.scale = 1 + self.scale
+        self.scale, self.shift = (1 + scale.float(), shift.float()) if self._is_shared else (scale, shift)
+        self._buffer = scale.new_empty(0, dtype=torch.float32)
 
     def apply(self, rows: Rows, epsilon: float) -> Tensor:
         """Normalises and modulates rows in place and returns their values."""
@@ -86,8 +85,12 @@ class Modulation:
         scale, shift = (tensor[rows.sample % len(tensor)] for tensor in (self.scale, self.shift))
         if self._is_shared:
             return torch.addcmul(shift, values, scale, out=values)
+        if not len(self._buffer):
+            self._buffer = torch.empty_like(values)
         scale, shift = (tensor if len(tensor) == 1 else tensor[rows.part] for tensor in (scale, shift))
-        return values.mul_(scale.float().add_(1)).add_(shift)
+        buffer = self._buffer[: len(values)]
+        values.mul_(buffer.copy_(scale).add_(1))
+        return values.add_(buffer.copy_(shift))
 
 
 def normalise(values: Tensor, epsilon: float) -> Tensor:

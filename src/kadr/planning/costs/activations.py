@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
-from kadr.kernels.attention import MIN_CPU_LOGITS
+from kadr.kernels.attention import CHECKED_HEADS, CHECKED_QUERIES, MIN_CPU_LOGITS
 from kadr.kernels.cpu.attention import WEIGHT_BYTES
 from kadr.kernels.cpu.tokens import SLICE_ELEMENTS
 from kadr.models.t5 import T5Config
@@ -63,8 +63,8 @@ def winograd_workspace_bytes(
 
 def rope_bytes(config: TransformerConfig, tokens: int) -> tuple[int, int]:
     """Returns the bytes of the RoPE table while it is computed, and afterwards: cosines and sines of pairs, float32."""
-    table = tokens * config.width * _FP32_BYTES
-    return table + table // 2, table  # beside the angles
+    table, positions = tokens * config.width * _FP32_BYTES, 3 * tokens * _FP32_BYTES
+    return table + table // 2 + 2 * positions, table  # beside the angles, the positions and their fractions
 
 
 def text_kv_bytes(
@@ -102,8 +102,10 @@ def transformer_activation_bytes(
     largest = (3 + 4 + 4) * x * itemsize
     if fused_gelu:
         # The same without GELU's input, but with the output; or the self-attention: input, residual stream, queries,
-        # keys, values and the output, and what the kernels work on.
-        largest = max(8 * x * itemsize, 6 * x * itemsize + _cpu_slice_bytes(config, tokens))
+        # keys, values and the output; or the norm before the feed-forward. The last two work on slices.
+        norm_slice = min(tokens * width, SLICE_ELEMENTS) * _FP32_BYTES
+        self_attention = 6 * x * itemsize + max(norm_slice, _cpu_attention_bytes(config, tokens))
+        largest = max(8 * x * itemsize, self_attention, 5 * x * itemsize + (1 + per_token_sigmas) * norm_slice)
     # A block's first cross-attention: output of the self-attention, residual stream; then the norm of the keys.
     cross_attention = (3 * x + (2 if fused_gelu else _rms_norm_copies(itemsize)) * text) * itemsize
     adaln = (1 + 6 + 6) * sigmas * width  # the embedded timestep, its six rows for all blocks, and those of a block
@@ -112,11 +114,12 @@ def transformer_activation_bytes(
     )
 
 
-def _cpu_slice_bytes(config: TransformerConfig, tokens: int) -> int:
-    """Returns the bytes of the slices that `kernels.cpu.tokens` or `kernels.cpu.attention` work on."""
-    norm = min(tokens * config.width, SLICE_ELEMENTS) * _FP32_BYTES
-    has_slices = config.num_heads * tokens**2 >= MIN_CPU_LOGITS
-    return max(norm, min(2 * tokens**2, WEIGHT_BYTES) if has_slices else 0)
+def _cpu_attention_bytes(config: TransformerConfig, tokens: int) -> int:
+    """Returns the bytes that `kernels.attention` works on: weights of some queries, or its first check in float32."""
+    if config.num_heads * tokens**2 < MIN_CPU_LOGITS:
+        return 0
+    checked = 2 * CHECKED_HEADS * tokens * (config.head_dim + CHECKED_QUERIES) * _FP32_BYTES
+    return max(min(2 * tokens**2, WEIGHT_BYTES), checked)
 
 
 def lora_activation_bytes(tokens: int, itemsize: int, *, max_rank: int, max_out_features: int, batch: int = 1) -> int:
