@@ -22,6 +22,7 @@ from kadr.memory.device import FP32_MAX_PARAMETERS, can_hold, explain_dtype, has
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
+from kadr.planning.calibration import probe
 from kadr.planning.options.denoise import _resident_weight_options, _streamed_weight_options
 from kadr.planning.placement import AS_STORED, CONVERTED
 from kadr.quant.convert import quantize_blocks
@@ -131,6 +132,31 @@ def test_a_bad_cudnn_is_said_when_a_model_is_opened(tmp_path: Path, monkeypatch:
     with pytest.warns(KadrWarning, match=r"cuDNN 9\.10\.2"):
         spec = Engine.open(home / tiny_models.MODEL_FILE, device="cuda").spec
     assert any("9.15.1" in notice for notice in spec.notices)
+
+
+@pytest.mark.parametrize(("device", "module"), [(CUDA, torch.cuda), (MPS, torch.mps)], ids=["cuda", "mps"])
+def test_the_rate_of_a_gpu_is_measured_with_its_queue_empty(
+    device: torch.device, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that, a product takes as long as it takes to queue it: machines would seem thousands of times faster."""
+    seconds, events = [0.0], []
+
+    def read_clock() -> float:
+        seconds[0] += 1e-6
+        return seconds[0]
+
+    def synchronize(*_: Any) -> None:
+        if events and events[-1] == "queued":
+            seconds[0] += 0.1
+        events.append("empty")
+
+    monkeypatch.setattr(module, "synchronize", synchronize)
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: shape)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: events.append("queued"))
+    monkeypatch.setattr("time.perf_counter", read_clock)
+    rate = probe.measure_matmul_rate.__wrapped__(torch.float32, device)
+    assert rate == pytest.approx(2 * probe._ROWS * probe._IN_FEATURES * probe._OUT_FEATURES / 0.1, rel=1e-3)
+    assert events[:3] == ["empty", "queued", "empty"]
 
 
 class RefuseMissingDtypes(TorchDispatchMode):
