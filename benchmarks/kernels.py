@@ -114,7 +114,8 @@ def cases(
     yield KernelCase("norm_modulate", "adaln", (x, scale, shift))
     yield KernelCase("gate_residual", "adaln", (branch, gate, x))
     yield KernelCase("gate_residual_norm_modulate", "adaln", (branch, gate, x, scale, shift))
-    yield KernelCase("norm_rope", "rope", (x, shift[0, 0], branch.cos(), branch.sin()))
+    angles = branch.float().unflatten(-1, (-1, 2))[..., 0]
+    yield KernelCase("norm_rope", "rope", (x, shift[0, 0], torch.stack((angles.cos(), angles.sin()), -1)))
     hidden = randn(size.tokens, 4 * width)
     for code_dtype in eight_bit_dtypes:
         note = str(code_dtype).removeprefix("torch.")

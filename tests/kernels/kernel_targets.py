@@ -40,6 +40,7 @@ OPTIONAL_ARGUMENTS = {  # indices of those that a caller may leave out, together
     "gate_residual": (1,),
     "gate_residual_norm_modulate": (1,),
     "gate_residual_norm_modulate_quantize": (1,),
+    "norm_rope": (2,),
     "rescale": (3,),
     "pixel_norm_modulate_silu": (1, 2),
     "bias_residual": (1,),

@@ -47,6 +47,7 @@ def arguments_of(name: str) -> tuple[Any, ...]:
     """Returns inputs of a few MB, whose corner is a few KB."""
     x, modulation, rows = randn(2, 800, 256), randn(2, 1, 256), randn(1600, 256)
     pixels = randn(2, 64, 3, 40, 40).contiguous(memory_format=torch.channels_last_3d)
+    rotation = randn(1, 800, 128, 2)
     packed = torch.full((4000, 272), 20, dtype=torch.uint8)
     return {
         "norm_modulate": (x, modulation, modulation),
@@ -54,7 +55,7 @@ def arguments_of(name: str) -> tuple[Any, ...]:
         "gate_residual": (x, modulation, x),
         "gate_residual_norm_modulate": (x, None, x, modulation, modulation),
         "gate_residual_norm_modulate_quantize": (x, modulation, x, modulation, modulation, torch.float8_e4m3fn),
-        "norm_rope": (x, randn(256), x[:1].cos(), x[:1].sin()),
+        "norm_rope": (x, randn(256), rotation),
         "quantize_rows": (rows, torch.int8),
         "gelu_quantize": (rows, torch.int8),
         "rescale": (rows, rows[:, :1].contiguous(), rows[0], rows[1], torch.float32),

@@ -155,8 +155,9 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def _corner(x: Tensor) -> Tensor:
-    """Returns the end of x along every axis but that of its rows."""
-    return x[tuple(slice(None) if axis == _row_axis(x) else slice(-CORNER_SIZE, None) for axis in range(x.dim()))]
+    """Returns the end of x along every axis but those of its rows."""
+    row_axes = (2, 3) if x.dim() == 4 else (_row_axis(x),)  # of RoPE's rotations (B, N, D / 2, 2)
+    return x[tuple(slice(None) if axis in row_axes else slice(-CORNER_SIZE, None) for axis in range(x.dim()))]
 
 
 def _row_axis(x: Tensor) -> int:
