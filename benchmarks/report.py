@@ -54,12 +54,15 @@ def growth_section(results: Sequence[Result]) -> str:
         for curve in result["curves"]:
             fitted = "" if curve["exponent"] is None else f"{curve['exponent']:.2f}"
             value_range = f"{curve['x'][0]} to {curve['x'][-1]} {curve['variable']}"
-            model = result["model"] + (f", {result['num_layers']} blocks" if result["num_layers"] else "")
             expected = f"{curve['expected_exponent']:.2f}"
-            rows.append((model, curve["quantity"], value_range, curve["contender"], fitted, expected))
+            rows.append((_growth_title(result), curve["quantity"], value_range, curve["contender"], fitted, expected))
     machines = "; ".join(dict.fromkeys(text_report.machine_line(result["machine"]) for result in results))
     plot = "![time and memory over tokens and frames, with the expected slopes dotted](images/growth.svg)"
     return f"\n{doc_tables.markdown_table(head, rows)}\n{machines}.\n\n{plot}\n"
+
+
+def _growth_title(result: Result) -> str:
+    return str(result["model"]) + (f", {result['num_layers']} blocks" if result["num_layers"] else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             print(f"error: {error}; install kadr[bench]", file=sys.stderr)
             return 1
-        draw_curves(options.plot, growth[0]["curves"])
+        draw_curves(options.plot, {_growth_title(result): result["curves"] for result in growth})
     doc_tables.write_table(options.page, CASES_MARK, cases_section(cases))
     doc_tables.write_table(options.page, GROWTH_MARK, growth_section(growth))
     print(options.page)
