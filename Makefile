@@ -12,6 +12,7 @@ PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3.10 python3
 SUITABLE := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 DEMO := out/demo.mp4
 ARGS ?=
+COMMA := ,
 
 export PIP_RETRIES ?= 5
 export PIP_DEFAULT_TIMEOUT ?= 60
@@ -112,10 +113,10 @@ format: .venv/.test  ## put the code in shape
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# Peers that cannot be installed here are told to be absent; the others run.
-bench: .venv/.test  ## time kadr and other engines on this machine, with the demo model
+# Peers that cannot be installed here are told to be absent; the others run. ARGS replaces the suites.
+bench: .venv/.test  ## time kadr and other engines on this machine: the demo, and the sizes that people make, in hours
 	$(PIP) --no-build-isolation -e '.[bench]' || true
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) -m benchmarks $(or $(ARGS),--suite demo$(COMMA)released --model-folder out/bench-models)
 
 demo-model: .venv/.test  ## train the bundled model again, from nothing
 	$(PY) -m train $(ARGS)
