@@ -127,7 +127,7 @@ def create_pipeline_task(stage_case: StageCase, transform: ModuleTransform) -> C
         "height": stage_case.shape.size.height,
         "num_frames": stage_case.shape.frames,
         "frame_rate": FPS,
-        "timesteps": (resolved_pass.sigmas * 1000).tolist(),
+        "timesteps": [1000 * sigma for sigma in resolved_pass.sigmas],
         "guidance_scale": resolved_pass.step_guidance[0].cfg_scale,
         "decode_timestep": stage_case.request.decode_timestep,
         "decode_noise_scale": 0.0,

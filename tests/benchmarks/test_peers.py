@@ -124,17 +124,37 @@ def test_openvino_computes_the_same_at_any_size(stage: str) -> None:
         assert relative_error(contender.run(), expected) < 1e-4
 
 
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of a released layout, all of its layers, and few channels."""
+    vae = replace(model_files.VAE_0_9_5, encoder_base_channels=8, decoder_base_channels=8)
+    monkeypatch.setattr(model_files, "VAE_0_9_5", vae)
+    monkeypatch.setitem(model_files.TRANSFORMERS, "2b", SMALL)
+    monkeypatch.setattr(model_files, "POOL_NUMEL", (1 << 12) + 1)
+
+
+def test_diffusers_makes_the_same_video(narrow: None, tmp_path: Path) -> None:
+    arguments = (
+        "--model",
+        "2b",
+        "--stage",
+        "end-to-end",
+        "--schedule",
+        "8,20-cfg",
+        "--model-folder",
+        str(tmp_path / "m"),
+    )
+    for case in run(tmp_path, *arguments, "--variant", "float32", "--peer", "diffusers")["cases"]:
+        assert case["skipped"] == []
+        assert by_name(case)["diffusers"]["error"] < 0.01  # of frames of 8 bits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["encode", "decode"])
-def test_openvino_vae_computes_the_same_at_any_size(
-    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_openvino_vae_computes_the_same_at_any_size(stage: str, narrow: None, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     from benchmarks.peers import openvino
 
-    narrow = replace(model_files.VAE_0_9_5, encoder_base_channels=8, decoder_base_channels=8)
-    monkeypatch.setattr(model_files, "VAE_0_9_5", narrow)
-    monkeypatch.setitem(model_files.TRANSFORMERS, "2b", SMALL)
     selection = Selection(models=("2b",), num_layers=1, stages=(stage,), device="cpu")
     with open_model_files("2b", selection, tmp_path) as files, torch.no_grad(), ExitStack() as stack:
         case = StageCase(files, VideoShape.parse("96x64x25"), stage, torch.device("cpu"))
