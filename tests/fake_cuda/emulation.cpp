@@ -10,7 +10,10 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <mutex>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -21,6 +24,8 @@ using torch::jit::Stack;
 
 const c10::Device CUDA(c10::kCUDA, 0);
 std::atomic<int64_t> allocated_bytes{0}, peak_bytes{0};
+std::mutex freed_mutex;
+std::vector<int64_t> freed_addresses;  // since they were last asked for
 
 // Memory of a CUDA tensor: that of a CPU storage, counted.
 struct DeviceMemory {
@@ -32,6 +37,8 @@ struct DeviceMemory {
   }
   ~DeviceMemory() {
     allocated_bytes -= size;
+    std::lock_guard<std::mutex> lock(freed_mutex);
+    freed_addresses.push_back(reinterpret_cast<int64_t>(storage.data()));
   }
   Storage storage;
   int64_t size;
@@ -286,6 +293,11 @@ int64_t max_memory_allocated() {
   return peak_bytes;
 }
 
+std::vector<int64_t> take_freed() {
+  std::lock_guard<std::mutex> lock(freed_mutex);
+  return std::exchange(freed_addresses, {});
+}
+
 void reset_peak() {
   peak_bytes = allocated_bytes.load();
 }
@@ -309,6 +321,7 @@ TORCH_LIBRARY(fake_cuda, m) {
   m.def("memory_allocated() -> int", memory_allocated);
   m.def("max_memory_allocated() -> int", max_memory_allocated);
   m.def("reset_peak() -> ()", reset_peak);
+  m.def("take_freed() -> int[]", take_freed);
 }
 
 }  // namespace

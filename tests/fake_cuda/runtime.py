@@ -121,6 +121,7 @@ class Runtime:
         self.streams = [self.default_stream]
         self.is_capturing, self.replays = False, 0
         self.kernel_calls: Counter[str] = Counter()
+        self.recorded: set[tuple[int, str]] = set()  # addresses of memory, and streams that it must outlive
         self.on_drain: Callable[[], None] | None = None  # called where the host waits for all work of a stream
 
     def current_stream(self, device: Any = None) -> Stream:
@@ -218,12 +219,20 @@ def emulated_cuda(capability: tuple[int, int] = (9, 0), total_bytes: int = 24 * 
             patch.setattr(torch.cuda, member, value)
         patch.setattr(torch.backends.cudnn, "version", lambda: 91600)
         patch.setattr(torch, "empty", _empty_or_pinned)
+        patch.setattr(
+            torch.Tensor, "record_stream", lambda self, stream: gpu.recorded.add((address(self), stream.name))
+        )
         patch.setattr(torch.Tensor, "pin_memory", lambda self, device=None: _pin(self))
         patch.setattr(torch.Tensor, "is_pinned", lambda self, device=None: torch.ops.fake_cuda.is_pinned(self))
         try:
             yield gpu
         finally:
             _runtime.pop()
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Returns the address of a tensor's memory, which its views share."""
+    return tensor.untyped_storage().data_ptr()
 
 
 _torch_empty = torch.empty

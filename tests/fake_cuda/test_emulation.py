@@ -149,6 +149,22 @@ def test_accesses_that_no_event_orders_are_races(watch: DeviceWatch) -> None:
     assert not watch.races
 
 
+def test_memory_that_is_freed_while_another_stream_uses_it_is_a_race(watch: DeviceWatch) -> None:
+    side = torch.cuda.Stream()
+    with watch:
+        for is_recorded in (True, False):
+            x = torch.empty(8, device="cuda")
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                x.zero_()
+            if is_recorded:
+                x.record_stream(side)
+            del x
+            torch.empty(8, device="cuda")
+            assert len(watch.races) == (not is_recorded)
+    assert "does not wait for zero_" in watch.races[0]
+
+
 def test_a_graph_repeats_its_work_and_a_capture_cannot_wait(cuda: Runtime, watch: DeviceWatch) -> None:
     x, graph = ones(4), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream()):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.fake_cuda.runtime import Runtime, Stream
+from tests.fake_cuda.runtime import Runtime, Stream, address
 
 PACKAGE = str(Path("src", "kadr"))
 # Operations whose result the host needs: its value, or the shape that depends on values.
@@ -52,9 +52,10 @@ class _Access(NamedTuple):
 
 @dataclass
 class _Accesses:
-    """The last write to one piece of memory, and what each queue has read since."""
+    """The last write to one piece of memory, what each queue has read since, and the stream that allocated it."""
 
     write: _Access | None = None
+    owner: Stream | None = None
     reads: dict[str, _Access] = field(default_factory=dict)
 
 
@@ -74,6 +75,7 @@ class DeviceWatch(TorchDispatchMode):
         self.races: list[str] = []
         self.count = 0
         self._accesses: dict[int, _Accesses] = {}
+        self._freed: dict[str, list[_Access]] = {}  # by the stream that it was allocated on
         gpu.on_drain = lambda: self._report("drains a stream", "synchronize")
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,11 +85,26 @@ class DeviceWatch(TorchDispatchMode):
         kind = self._wait_kind(name, inputs, args, kwargs)
         if kind is not None:
             self._report(kind, name)
+        self._take_freed()
         output = function(*args, **kwargs)
+        self._take_freed()
         self._track(function, name, inputs, _tensors(output), args, kwargs)
         if kind is not None:
             self.gpu.host.wait_for(self.gpu.current_stream().seen)
         return output
+
+    def _take_freed(self) -> None:
+        """Moves the accesses to freed memory to the stream that it goes back to: that may give it out again at once."""
+        for memory in torch.ops.fake_cuda.take_freed():
+            accesses = self._accesses.pop(memory, None)
+            recorded = {name for other, name in self.gpu.recorded if other == memory}
+            self.gpu.recorded -= {(memory, name) for name in recorded}
+            if accesses is not None and accesses.owner is not None:
+                self._freed.setdefault(accesses.owner.name, []).extend(
+                    access
+                    for access in (accesses.write, *accesses.reads.values())
+                    if access is not None and access.queue not in recorded
+                )
 
     def _report(self, kind: str, operation: str) -> None:
         if self.gpu.is_capturing:
@@ -106,20 +123,22 @@ class DeviceWatch(TorchDispatchMode):
     ) -> None:
         """Compares the accesses of an operation with those before."""
         tensors = [tensor for tensor in (*inputs, *outputs) if _is_tracked(tensor)]
-        allocated = {_memory(tensor) for tensor in outputs} - {_memory(tensor) for tensor in inputs}
+        allocated = {address(tensor) for tensor in outputs} - {address(tensor) for tensor in inputs}
         if self.gpu.is_capturing:  # nothing runs
             for memory in allocated:
                 self._accesses.pop(memory, None)
             return
-        written = {_memory(tensor) for tensor in _written(function, args, kwargs)}
+        written = {address(tensor) for tensor in _written(function, args, kwargs)}
         if not tensors or not (written or allocated or name in READS_VALUES):
             return  # nothing, or a view
         queue = self.gpu.current_stream() if any(tensor.is_cuda for tensor in tensors) else self.gpu.host
         queue.wait_for(self.gpu.host.seen)  # the host launched it after all that
         where = _Access(queue.name, queue.launch(), f"{name} at {_kadr_line()} on {queue.name}")
-        for memory in {_memory(tensor) for tensor in tensors}:
+        for before in self._freed.pop(queue.name, ()) if allocated else ():
+            self._check_order(before, queue, where)
+        for memory in {address(tensor) for tensor in tensors}:
             if memory in allocated:  # from the stream's own pool: what its earlier work still uses may be given out
-                self._accesses[memory] = _Accesses(where)
+                self._accesses[memory] = _Accesses(where, queue)
             elif memory in written:
                 self._write(memory, queue, where)
             else:
@@ -129,7 +148,7 @@ class DeviceWatch(TorchDispatchMode):
         accesses = self._accesses.setdefault(memory, _Accesses())
         for before in (accesses.write, *accesses.reads.values()):
             self._check_order(before, queue, access)
-        self._accesses[memory] = _Accesses(access)
+        self._accesses[memory] = _Accesses(access, accesses.owner)
 
     def _read(self, memory: int, queue: Stream, access: _Access) -> None:
         accesses = self._accesses.setdefault(memory, _Accesses())
@@ -164,10 +183,6 @@ def _has_mask(args: Any) -> bool:
 
 def _is_tracked(tensor: Tensor) -> bool:
     return tensor.is_cuda or bool(torch.ops.fake_cuda.is_pinned(tensor))
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -41,6 +41,8 @@ class BlockSwapper:
         slot_bytes = max((_aligned_bytes(weights) for weights in self.host_weights), default=0)
         count = min(NUM_SLOTS, len(blocks))
         self.slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
+        for slot, buffer in enumerate(self.slots):
+            self.copy_stream.add_slot(slot, buffer)
         self._block_in_slot: list[int | None] = [None] * count  # index of the block in each slot
         # The hooks get the block: one that the swapper kept would be in a reference cycle with it.
         for index, block in enumerate(blocks):
@@ -110,6 +112,9 @@ class _SyncCopyStream:
     def to_host(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors
 
+    def add_slot(self, slot: int, buffer: Tensor) -> None:
+        """Does nothing: there is one order."""
+
     def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], slot: int) -> None:
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
@@ -135,6 +140,11 @@ class _CudaCopyStream:
         if not self.pin_memory:
             return tensors
         return _copy_into(torch.empty(_aligned_bytes(tensors), dtype=torch.uint8, pin_memory=True), tensors)
+
+    def add_slot(self, slot: int, buffer: Tensor) -> None:
+        """Orders copies into a new slot: after work that may still use its memory, and before it is given to others."""
+        self.mark_used(slot)
+        buffer.record_stream(self.stream)
 
     def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], slot: int) -> None:
         staged = sources if self.pin_memory else self._copy_to_staging(sources, slot)

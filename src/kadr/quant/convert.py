@@ -83,21 +83,27 @@ def wrap_stored_weight(
 
 
 def quantize_blocks(
-    module: nn.Module, weight_format: str, *, device: torch.device, release: ReleaseTensors = release_nothing
+    module: nn.Module,
+    weight_format: str,
+    *,
+    device: torch.device,
+    home: torch.device | None = None,
+    release: ReleaseTensors = release_nothing,
 ) -> None:
     """Quantizes the layers inside the blocks, one after the other, without a second copy of the module.
 
     Args:
         module: has unquantized weights; for "fp8" they may be 8-bit floats already, whose values stay.
         weight_format: a key of `WEIGHT_FORMATS`, neither "none" nor "auto".
-        device: where the new weights go and are computed.
+        device: where the new weights are computed.
+        home: where they stay, layer by layer; None: on `device`.
         release: called with each weight that was replaced.
 
     Raises:
         CheckpointError: a weight is quantized already, or not finite.
     """
-    scratch = Scratch()
-    if weight_format == FP8 and _use_fp8_matmul(module, device):
+    scratch, home = Scratch(), device if home is None else home
+    if weight_format == FP8 and _use_fp8_matmul(module, home):
         return
     refuse_quantized(module)
     for name, linear in linears_in_blocks(module):
@@ -109,7 +115,7 @@ def quantize_blocks(
             )
         except ValueError as error:
             raise CheckpointError(f"{name} cannot be stored as {weight_format}: {error}. Verify the file.") from error
-        replace_module(module, name, quantized)
+        replace_module(module, name, quantized.to(home))
         release([weight])
 
 

@@ -48,7 +48,8 @@ def place_module(
         loras: LoRAs to attach beside its weights.
     """
     if placement.weight_format not in (AS_STORED, CONVERTED):
-        quantize_blocks(module, placement.weight_format, device=device, release=release_pages)
+        home = torch.device("cpu") if placement.streamed_blocks else device
+        quantize_blocks(module, placement.weight_format, device=device, home=home, release=release_pages)
     if loras:
         attach_loras(module, loras, DTYPES[placement.dtype])
     if compile_transformer and isinstance(module, Transformer):
