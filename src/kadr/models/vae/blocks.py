@@ -35,11 +35,19 @@ def unpatchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def space_to_depth(x: Tensor, strides: Strides) -> Tensor:
-    """Folds frames, rows and columns into channels, in the order (channel, frame, row, column), unlike `patchify`."""
+    """Folds frames, rows and columns into channels, in the order (channel, frame, row, column), unlike `patchify`.
+
+    On a GPU, a channels-last input gives a channels-last output, which the kernels behind it need.
+    """
     batch, channels, *sides = x.shape
     (t, frames), (s, height), (r, width) = (
         (stride, side // stride) for stride, side in zip(strides, sides, strict=True)
     )
+    channels_last = x.movedim(1, -1)
+    if x.is_cuda and channels_last.is_contiguous():  # on a CPU the encoder's last bits would change
+        folded = channels_last.reshape(batch, frames, t, height, s, width, r, channels)
+        folded = folded.permute(0, 1, 3, 5, 7, 2, 4, 6)
+        return folded.reshape(batch, frames, height, width, channels * t * s * r).movedim(-1, 1)
     x = x.reshape(batch, channels, frames, t, height, s, width, r)
     return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(batch, channels * t * s * r, frames, height, width)
 
