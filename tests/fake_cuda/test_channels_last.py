@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from kadr.models.vae import VAE
 from kadr.models.vae.blocks import DepthToSpaceUpsample, ResnetBlock3D, SpaceToDepthDownsample
-
 from kadr.nn.conv import ChunkedConv3d
 from tests.fake_cuda.runtime import Runtime
 from tests.oracles import VAES, narrow_vae_config
