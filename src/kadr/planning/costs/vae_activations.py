@@ -32,8 +32,9 @@ from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid
 
 ENCODE_CHUNK_FRAMES = 8  # pixel frames per chunk of the VAE encoder
 # Latent frames after which a stream is in its steady state: the deepest stage waits for 31 at most, and from there on
-# the pattern repeats with every one. A longer stream has no higher peak.
+# the pattern repeats with every chunk. A longer stream has no higher peak.
 STEADY_STATE_FRAMES = 40
+WARM_UP_FRAMES = 32  # of the decoder, which takes chunks of any size
 Plane = tuple[int, int]  # rows, columns
 
 
@@ -251,7 +252,7 @@ def vae_decode_activation_bytes(
     """
     ledger = _Ledger(winograd_frames=winograd_frames)
     stages = tuple(_build_stages(ledger, decoder_stages(config), (grid.height, grid.width), itemsize, causal=False))
-    frames = min(grid.frames, STEADY_STATE_FRAMES)
+    frames = min(grid.frames, max(STEADY_STATE_FRAMES, WARM_UP_FRAMES + 2 * chunk_frames))
     # The caller holds the last chunk of pixels, and its conversion to bytes, while the next one is decoded.
     caller_bytes = (itemsize + 1) * 3 * chunk_frames * SPATIAL_COMPRESSION**2 * grid.height * grid.width
     for start in range(0, frames, chunk_frames):

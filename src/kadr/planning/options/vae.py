@@ -24,6 +24,8 @@ from kadr.spec.model import UPSCALERS, VAE_DECODER, VAE_ENCODER
 # Kernel of convolutions by `winograd_frames`.
 CONV_KERNELS = {0: speeds.PLAIN_CONV, F23: speeds.WINOGRAD_2, F43: speeds.WINOGRAD_4}
 SMALL_CHUNK_COST = 0.1  # share of the decoding time that each frame less in a chunk adds. Measured.
+# Chunks that save launches on a GPU, while their workspace is no larger than the bytes, or this many times the usual one.
+LARGE_CHUNK_FRAMES, LARGE_CHUNK_BYTES, LARGE_CHUNK_RATIO = (64, 16), 1_000_000_000, 1.5
 # Decoded frames on their way into a file: the video encoder itself; copies of a chunk in float32, as it is scaled,
 # resized and converted to bytes; and the frames that the encoder looks ahead at. Measured.
 CODEC_BYTES, FRAME_COPIES, LOOKAHEAD_FRAMES, LOOKAHEAD_BYTES_PER_PIXEL = 25_000_000, 8, 60, 3
@@ -92,7 +94,7 @@ def decode_options(context: StageContext) -> StageOptions:
             config, grid, context.itemsize, chunk_frames=chunk_frames, winograd_frames=winograd_frames
         )
         reason = ""
-        if chunk_frames != CHUNK_FRAMES:
+        if chunk_frames < CHUNK_FRAMES:
             reason = f"the decoder works in chunks of {chunk_frames} latent frames"
         elif winograd_frames == F23:
             reason = "its Winograd convolutions compute 2 frames at a time"
@@ -118,7 +120,7 @@ def _decode_seconds(context: StageContext, chunk_frames: int, winograd_frames: i
     """
     last_pass, calibration = context.workload.passes[-1], context.calibration
     decode = vae_decode_seconds(calibration, context.spec.vae_config, last_pass.grid, CONV_KERNELS[winograd_frames]) * (
-        1 + SMALL_CHUNK_COST * (CHUNK_FRAMES - chunk_frames)
+        1 + SMALL_CHUNK_COST * max(0, CHUNK_FRAMES - chunk_frames)
     )
     pixels = last_pass.size.width * last_pass.size.height * last_pass.frames
     write = pixels * calibration.rate(speeds.WRITE)
@@ -127,9 +129,24 @@ def _decode_seconds(context: StageContext, chunk_frames: int, winograd_frames: i
 
 def _decode_chunkings(context: StageContext) -> list[tuple[int, int]]:
     """Returns pairs of `chunk_frames` and `winograd_frames` for the VAE decoder, the fastest first."""
-    if not should_prepack_convs(context.dtype, context.device):
-        return [(CHUNK_FRAMES, 0), (2, 0), (1, 0)]
-    return [(CHUNK_FRAMES, F43), (CHUNK_FRAMES, F23), (2, F23), (1, F23)]
+    if should_prepack_convs(context.dtype, context.device):
+        return [(CHUNK_FRAMES, F43), (CHUNK_FRAMES, F23), (2, F23), (1, F23)]
+    large_chunks = [] if context.on_cpu else _large_chunks(context)
+    return [(frames, 0) for frames in (*large_chunks, CHUNK_FRAMES, 2, 1)]
+
+
+def _large_chunks(context: StageContext) -> list[int]:
+    """Returns the larger chunks that a GPU is offered, the largest first.
+
+    Each chunk launches hundreds of kernels. A workspace much larger than usual would take the place of cached modules.
+    """
+    config, grid = context.spec.vae_config, context.workload.passes[-1].grid
+
+    def workspace_bytes(frames: int) -> int:
+        return vae_decode_activation_bytes(config, grid, context.itemsize, chunk_frames=frames)
+
+    limit = max(LARGE_CHUNK_BYTES, LARGE_CHUNK_RATIO * workspace_bytes(CHUNK_FRAMES))
+    return [frames for frames in LARGE_CHUNK_FRAMES if workspace_bytes(frames) <= limit]
 
 
 def _output_bytes(context: StageContext, chunk_frames: int) -> int:
