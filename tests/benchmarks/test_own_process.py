@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from kadr.bench import kadr_contenders as contenders_module
-from kadr.bench.cases import VARIANTS, ZENTORCH_VARIABLE, Variant
+from kadr.bench.cases import VARIANTS, Variant
 from kadr.bench.kadr_contenders import has_zentorch, kadr_contenders
 from kadr.bench.own_process import contenders_in_own_process, describe_case, restore_case
 from kadr.bench.runner import Contender, SkippedContender
 from kadr.bench.stage_case import StageCase
+from kadr.kernels.mode import ZENTORCH_VARIABLE
 from tests.benchmarks.test_cases import demo_case
 
 PROGRAM = """

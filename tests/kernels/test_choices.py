@@ -17,6 +17,8 @@ from kadr.kernels.attention import AttentionAutotuner
 from kadr.media.clip import read_metadata
 from kadr.pipeline import calibrate
 from kadr.pipeline.engine import Engine
+from kadr.planning.calibration.calibration import Calibration
+from kadr.planning.calibration.storage import load_calibration, load_kernels
 from kadr.request.request import Request
 from kadr.request.windows import Windows
 from tests.kernels.test_attention import FakeTimer, inputs, raises_error
@@ -30,8 +32,9 @@ LONG = Request(
 
 
 @pytest.fixture
-def autotuner(monkeypatch: pytest.MonkeyPatch) -> AttentionAutotuner:
-    """An autotuner of fake candidates, of which "b" is the fastest, in place of the GPU's."""
+def autotuner(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> AttentionAutotuner:
+    """An autotuner of fake candidates, of which "b" is the fastest, in place of the device's; nothing is stored yet."""
+    monkeypatch.setenv("KADR_CACHE", str(tmp_path_factory.mktemp("cache")))
     timer = FakeTimer(a=2.0, b=1.0, c=3.0)
     fake = AttentionAutotuner([timer.candidate(name) for name in "abc"], timer)
     monkeypatch.setattr(choices, "_autotuners", lambda device: iter([fake]))
@@ -44,8 +47,7 @@ def chosen_key(autotuner: AttentionAutotuner) -> str:
     return key
 
 
-def test_cpu_chooses_nothing_by_timing() -> None:
-    assert choices.record_choices(CPU) == {}
+def test_choices_of_another_device_are_ignored() -> None:
     assert choices.restore_choices({"attention cuda bfloat16 64x64, head dim 64": "flash"}, CPU) == []
 
 
@@ -166,10 +168,55 @@ def test_calibrated_kernels_are_used_by_the_next_process(
     engine: Engine, autotuner: AttentionAutotuner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("KADR_CACHE", str(tmp_path))
-    key = chosen_key(autotuner)
-    monkeypatch.setattr(calibrate, "measure_machine", lambda dtype, device, report: replace(MEASURED, kernels={}))
+
+    def measure(*_: object) -> Calibration:
+        chosen_key(autotuner)
+        return replace(MEASURED, kernels={})
+
+    monkeypatch.setattr(calibrate, "measure_machine", measure)
     path = calibrate.calibrate_machine(engine.spec)
-    assert json.loads(path.read_text())["kernels"] == {key: "b"}
-    calibrated = calibrate.load_calibration(engine.spec.dtype, engine.spec.device)
+    assert json.loads(path.read_text())["kernels"] == autotuner.choices()
+    calibrated = load_calibration(engine.spec.dtype, engine.spec.device)
     assert calibrated is not None
     assert attention.is_key_for(next(iter(calibrated.kernels)), CPU)
+
+
+def test_kernels_of_a_first_use_are_stored_and_used_by_the_next_process(
+    autotuner: AttentionAutotuner, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = chosen_key(autotuner)
+    calibrate.remember_kernels(engine.spec)
+    assert load_kernels(engine.spec.dtype, CPU) == {key: "b"}
+    next_process = AttentionAutotuner(
+        [FakeTimer(b=2.0, c=1.0).candidate(name) for name in "bc"], FakeTimer(b=2.0, c=1.0)
+    )
+    monkeypatch.setattr(choices, "_autotuners", lambda device: iter([next_process]))
+    calibrate.restore_calibrated_kernels(engine.spec)
+    assert next_process._restored == {key: "b"}
+
+
+def test_calibration_chooses_kernels_anew(
+    autotuner: AttentionAutotuner, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices.restore_choices({"attention cpu float32 128x128, head dim 16": "c"}, CPU)
+    key = chosen_key(autotuner)
+    calibrate.remember_kernels(engine.spec)
+    assert load_kernels(engine.spec.dtype, CPU) == {key: "c"}
+
+    def measure(*_: object) -> Calibration:
+        chosen_key(autotuner)
+        return MEASURED
+
+    monkeypatch.setattr(calibrate, "measure_machine", measure)
+    calibrate.calibrate_machine(engine.spec)
+    assert load_kernels(engine.spec.dtype, CPU)[key] == "b"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(
+    autotuner: AttentionAutotuner, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen_key(autotuner)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KADR_CACHE", str(tmp_path / "file"))
+    calibrate.remember_kernels(engine.spec)
+    assert load_kernels(engine.spec.dtype, CPU) == {}

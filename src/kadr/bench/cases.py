@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.kernels.mode import ZENTORCH_VARIABLE
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance
 from kadr.shapes import LatentGrid, Size
 from kadr.validation import check_range
@@ -95,9 +96,6 @@ def schedule_for(name: str, num_layers: int) -> BenchSchedule:
     if not schedule.guidance.stg_scale:
         return schedule
     return replace(schedule, guidance=replace(schedule.guidance, skip_blocks=(int(num_layers * STG_BLOCK),)))
-
-
-ZENTORCH_VARIABLE = "KADR_ZENTORCH"  # 0 keeps kadr from using zentorch's operators
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, TEXT, VARIANTS, ZENTORCH_VARIABLE, Variant
+from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, TEXT, VARIANTS, Variant
 from kadr.bench.own_process import contenders_in_own_process
 from kadr.bench.runner import Contender, SkippedContender
 from kadr.bench.stage_case import ContenderFactory, StageCase
 from kadr.errors import RequestError
+from kadr.kernels.mode import ZENTORCH_VARIABLE
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.loading.module_placement import place_module
 from kadr.planning.costs.vae_activations import ENCODE_CHUNK_FRAMES

@@ -40,11 +40,20 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "depth": ("onnxruntime",),
     "pose": ("rtmlib", "onnxruntime"),
     "heic": ("pi_heif",),
+    "amd": ("zentorch",),
     "serve": ("fastapi", "uvicorn", "multipart", "prometheus_client"),
 }
 # Environment variables that are shown. None of them is a secret: a report is pasted into an issue.
 VARIABLES = (
-    *("KADR_CACHE", MODELS_VARIABLE, mode.ENVIRONMENT_VARIABLE, "KADR_DEBUG", "HF_HOME", "HF_HUB_CACHE"),
+    *(
+        "KADR_CACHE",
+        MODELS_VARIABLE,
+        mode.ENVIRONMENT_VARIABLE,
+        mode.ZENTORCH_VARIABLE,
+        "KADR_DEBUG",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+    ),
     *("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY"),
     *("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING"),
     *("TRITON_INTERPRET", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_VERBOSE"),

@@ -159,6 +159,14 @@ class AttentionAutotuner:
                     del self._fastest_by_bucket[bucket]
         return {key: name for key, name in choices.items() if name not in names}
 
+    def forget(self) -> None:
+        """Drops all choices: each is made anew."""
+        with self._lock:
+            self.outcomes.clear()
+            self._fastest_by_bucket.clear()
+            self._restored.clear()
+            self._refused.clear()
+
     def run(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Runs the bucket's candidate, or torch's choice for lengths that it refuses. Arguments as for `Candidate.run`.
 
@@ -264,9 +272,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, may_r
 
 def _has_choice(q: Tensor, k: Tensor) -> bool:
     """Returns whether these inputs have candidates besides torch's choice."""
-    if q.device.type != "cpu":
-        return q.is_cuda
+    return _has_cpu_choice(q, k) if q.device.type == "cpu" else q.is_cuda
+
+
+def _has_cpu_choice(q: Tensor, k: Tensor) -> bool:
     return q.shape[:3].numel() * k.shape[2] >= MIN_CPU_LOGITS and q.dtype in (torch.bfloat16, torch.float32)
+
+
+def find_choice(
+    choices: Mapping[str, str], q_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, may_round: bool
+) -> str | None:
+    """Returns the name of the candidate that computes self-attention, by choices as `record_choices` returns them.
+
+    Args:
+        q_shape: heads, tokens and width of a head.
+
+    Returns:
+        None where the choice was not made yet.
+    """
+    q = torch.empty(1, *q_shape, dtype=dtype, device="meta")
+    if (
+        device.type not in ("cpu", "cuda")
+        or mode.current() == mode.REFERENCE
+        or (device.type == "cpu" and not _has_cpu_choice(q, q))
+    ):
+        return TORCH_SDPA.name
+    bucket = Bucket.from_tensors(q, q, None, may_round=may_round and device.type == "cpu")
+    return choices.get(bucket._replace(device=device).key)
 
 
 def autotuners_for(device: torch.device) -> list[AttentionAutotuner]:

@@ -41,6 +41,12 @@ def restore_choices(choices: KernelChoices, device: torch.device, *, override: b
     return missing
 
 
+def forget_choices(device: torch.device) -> None:
+    """Drops the choices of attention that this process made or restored: each is made anew at its next use."""
+    for autotuner in _autotuners(device):
+        autotuner.forget()
+
+
 def _autotuners(device: torch.device) -> Iterator[attention.AttentionAutotuner]:
     if device.type == "cpu":
         yield from attention.autotuners_for(torch.device("cpu"))

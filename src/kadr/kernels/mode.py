@@ -12,6 +12,7 @@ from kadr.errors import RequestError
 from kadr.quoting import quote
 
 ENVIRONMENT_VARIABLE = "KADR_KERNELS"
+ZENTORCH_VARIABLE = "KADR_ZENTORCH"  # "0" leaves zentorch unused where it is installed; see `kernels.cpu.zen`
 AUTO, REFERENCE, EVERYWHERE = "auto", "reference", "everywhere"
 MODES = {
     AUTO: "fast kernels where the device has them",

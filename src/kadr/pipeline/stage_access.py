@@ -13,7 +13,7 @@ from torch import Tensor
 from kadr.cancellation import CancelToken, cancellable
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
-from kadr.pipeline.calibrate import restore_calibrated_kernels
+from kadr.pipeline.calibrate import remember_kernels, restore_calibrated_kernels
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.modules import Modules, TrainedTransformer
@@ -123,6 +123,7 @@ class StageAccess:
                 yield generation
             finally:
                 modules.close()
+                remember_kernels(self.spec)
 
     def denoise(
         self,

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from kadr.kernels import int8, mode, trial
+from kadr.kernels import attention, int8, mode, trial
+from kadr.kernels.cpu import zen
 from kadr.kernels.matmul import has_bf16_units
+from kadr.memory.cpu import cpu_model
+from kadr.planning.workload import Workload
 from kadr.quant.prepack import should_prepack_convs, should_prepack_linears
 from kadr.quant.weight_formats import INT8
+from kadr.spec.model import ModelSpec
 
 TORCH = "torch"
+ZENTORCH_TIME_SHARE = 0.7  # of attention by oneDNN; measured on Zen 5, 0.65 to 0.76 by length and width of heads
 
 
 def matmul_backend(dtype: torch.dtype, device: torch.device, weight_format: str, *, is_streamed: bool) -> str:
@@ -38,6 +45,23 @@ def _cpu_matmul_backend(dtype: torch.dtype, device: torch.device, weight_format:
         if should_prepack_linears(dtype, device) and not is_streamed
         else "oneDNN"
     )
+
+
+def attention_note(spec: ModelSpec, workload: Workload, kernels: Mapping[str, str]) -> str:
+    """Names the kernel of self-attention in the largest pass, and what would be faster on this CPU.
+
+    Args:
+        kernels: those that were chosen before; see `kernels.choices`.
+    """
+    config, device = spec.transformer_config, spec.device
+    tokens = max(resolved_pass.grid.num_tokens for resolved_pass in workload.passes)
+    shape = (config.num_heads, tokens, config.head_dim)
+    name = attention.find_choice(kernels, shape, spec.dtype, device, may_round=spec.quant == INT8)
+    note = f"attention over {tokens} tokens: {name or 'the fastest of those installed, tried at its first use'}"
+    is_long = config.num_heads * tokens**2 >= attention.MIN_CPU_LOGITS
+    if device.type == "cpu" and is_long and spec.dtype == torch.bfloat16 and zen.is_recommended(cpu_model()):
+        note += f"; zentorch takes about {ZENTORCH_TIME_SHARE} of the time of oneDNN: pip install 'kadr[{zen.EXTRA}]'"
+    return note
 
 
 def conv_backend(dtype: torch.dtype, device: torch.device) -> str:

@@ -39,8 +39,8 @@ def is_supported(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
 
 def is_mask(bias: Tensor) -> bool:
     """Returns whether a bias (B, 1, 1, M) lets each key take part as it is or not at all, and some in each sample."""
-    kept = bias == 0
-    return bool((kept | (bias <= MASKED)).all()) and bool(kept.any(-1).all())
+    takes_part = bias == 0
+    return bool((takes_part | (bias <= MASKED)).all()) and bool(takes_part.any(-1).all())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ change torch's compiler.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning
+from kadr.kernels.mode import ZENTORCH_VARIABLE
 
-ENVIRONMENT_VARIABLE = "KADR_ZENTORCH"  # "0" leaves zentorch unused where it is installed
 EXTRA = "amd"  # of kadr, that installs it
 PACKAGE, LIBRARY_PATTERN = "zentorch", "_C*.so"
 
@@ -26,7 +27,7 @@ PACKAGE, LIBRARY_PATTERN = "zentorch", "_C*.so"
 @cache
 def is_available() -> bool:
     """Returns whether zentorch is installed for this torch and CPU, and not turned off; loads it."""
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "0" or not torch.cpu._is_avx512_supported():
+    if os.environ.get(ZENTORCH_VARIABLE) == "0" or not torch.cpu._is_avx512_supported():
         return False
     spec = importlib.util.find_spec(PACKAGE)
     libraries = [path for folder in (spec and spec.submodule_search_locations) or () for path in _libraries(folder)]
@@ -37,7 +38,7 @@ def is_available() -> bool:
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"{PACKAGE} is installed but not used: {error}. It has to be the release for torch {torch.__version__}: "
-            f"pip install 'kadr[{EXTRA}]', or set {ENVIRONMENT_VARIABLE}=0.",
+            f"pip install 'kadr[{EXTRA}]', or set {ZENTORCH_VARIABLE}=0.",
             KadrWarning,
             stacklevel=2,
         )
@@ -45,21 +46,18 @@ def is_available() -> bool:
     return bool(torch.ops.zentorch.zentorch_is_avx512_supported())
 
 
+def version() -> str | None:
+    """Returns the version of zentorch; None where it is not used."""
+    return importlib.metadata.version(PACKAGE) if is_available() else None
+
+
 def _libraries(folder: str) -> list[Path]:
     return sorted(Path(folder).glob(LIBRARY_PATTERN))
 
 
-def would_help() -> bool:
-    """Returns whether zentorch is for this CPU and is missing."""
-    return bool(torch.cpu._is_avx512_bf16_supported()) and _is_amd() and not is_available()
-
-
-@cache
-def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        return False
+def is_recommended(cpu: str | None) -> bool:
+    """Returns whether zentorch is for the CPU of that name, and is not used."""
+    return "AMD" in (cpu or "") and bool(torch.cpu._is_avx512_bf16_supported()) and not is_available()
 
 
 def is_attention_supported(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:

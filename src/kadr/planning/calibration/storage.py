@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from kadr.cache_home import cache_home
 from kadr.errors import CheckpointError
 from kadr.json_reader import parse_json
 from kadr.kernels import mode
+from kadr.kernels.cpu import zen
 from kadr.memory.cpu import cpu_model
 from kadr.planning.calibration.calibration import Calibration
 from kadr.planning.calibration.probe import measure_matmul_rate
@@ -27,7 +30,7 @@ from kadr.regular_file import read_text
 from kadr.schema import CALIBRATION_NUMBER
 from kadr.version import __version__
 
-CALIBRATION_FOLDER = "calibration"
+CALIBRATION_FOLDER, KERNELS_PREFIX = "calibration", "kernels-"
 _SCHEMA_KEY, _MACHINE_KEY = "schema", "machine"
 
 
@@ -41,6 +44,7 @@ def describe_target(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": mode.current(),
+        "zentorch": zen.version(),
         "torch": torch.__version__,
         "kadr": __version__,
     }
@@ -68,6 +72,39 @@ def load_calibration(dtype: torch.dtype, device: torch.device) -> Calibration | 
         return Calibration.from_json(data)
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError):
         return None
+
+
+def kernels_file(dtype: torch.dtype, device: torch.device) -> Path:
+    """Returns the file of the kernels that this machine chose at their first use.
+
+    Raises:
+        RuntimeError: this user has no home directory.
+    """
+    path = calibration_file(dtype, device)
+    return path.with_name(f"{KERNELS_PREFIX}{path.name}")
+
+
+def load_kernels(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """Returns the kernels that this machine has chosen: those of its calibration, and others at their first use."""
+    chosen: dict[str, str] = {}
+    with suppress(OSError, RuntimeError, TypeError, ValueError, AttributeError):
+        stored = parse_json(read_text(kernels_file(dtype, device)))
+        chosen = {str(key): str(name) for key, name in stored.items()}
+    calibration = load_calibration(dtype, device)
+    return chosen if calibration is None else chosen | dict(calibration.kernels)
+
+
+def store_kernels(kernels: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> None:
+    """Stores kernels that were chosen at their first use, in place of those that are stored.
+
+    Raises:
+        OSError: the file cannot be written.
+        RuntimeError: this user has no home directory.
+    """
+    path = kernels_file(dtype, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(dict(kernels), indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def current_calibration(dtype: torch.dtype, device: torch.device) -> Calibration:

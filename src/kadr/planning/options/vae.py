@@ -24,7 +24,7 @@ from kadr.spec.model import UPSCALERS, VAE_DECODER, VAE_ENCODER
 # Kernel of convolutions by `winograd_frames`.
 CONV_KERNELS = {0: speeds.PLAIN_CONV, F23: speeds.WINOGRAD_2, F43: speeds.WINOGRAD_4}
 SMALL_CHUNK_COST = 0.1  # share of the decoding time that each frame less in a chunk adds. Measured.
-# Chunks that save launches on a GPU, while their workspace is no larger than the bytes, or this many times the usual one.
+# Chunks that save launches on a GPU, while their workspace is no larger than the bytes, or than the usual one by this.
 LARGE_CHUNK_FRAMES, LARGE_CHUNK_BYTES, LARGE_CHUNK_RATIO = (64, 16), 1_000_000_000, 1.5
 # Decoded frames on their way into a file: the video encoder itself; copies of a chunk in float32, as it is scaled,
 # resized and converted to bytes; and the frames that the encoder looks ahead at. Measured.
