@@ -218,6 +218,7 @@ def emulated_cuda(capability: tuple[int, int] = (9, 0), total_bytes: int = 24 * 
         for member, value in gpu.patches().items():
             patch.setattr(torch.cuda, member, value)
         patch.setattr(torch.backends.cudnn, "version", lambda: 91600)
+        patch.setattr(torch._C, "_accelerator_emptyHostCache", lambda: None, raising=False)
         patch.setattr(torch, "empty", _empty_or_pinned)
         patch.setattr(
             torch.Tensor, "record_stream", lambda self, stream: gpu.recorded.add((address(self), stream.name))

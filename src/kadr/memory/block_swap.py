@@ -1,11 +1,13 @@
 """Block swapping: modules whose blocks are on the device only while they run.
 
-Blocks wait on the host and are copied into one of two slots on the device, the next one while the present one runs.
+Blocks wait on the host and are copied into one of two slots on the device, the next one while the present one runs. In
+pinned memory they wait ready to be copied; from other memory the host first copies each into a pinned staging buffer.
 (On a CPU, pages of mapped files are released and read again instead: `mapped_files.stream_blocks`.)
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
@@ -13,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from kadr.cancellation import check_cancelled
+from kadr.errors import KadrWarning
+from kadr.kernels.error_kinds import is_out_of_memory
+from kadr.memory.mapped_files import release_pages
 
 _SLOT_ALIGNMENT = 256  # bytes; alignment of tensors within a slot, the best for CUDA kernels
+PINNED_PIECE_BYTES = 1 << 30
 NUM_SLOTS = 2  # on the device: one for the block that runs, one that is being filled
 
 
@@ -28,16 +34,15 @@ class BlockSwapper:
     Args:
         blocks: in the order they run, on the CPU. The order is cyclic: the first follows the last.
         device: where blocks run. On "cpu" copies are synchronous, which is how tests check the order.
-        pin_memory: keep all blocks in pinned memory, from which they are copied without the host's help; else each goes
-            through a pinned staging buffer.
+        pin_memory: move all blocks to pinned memory. What the system refuses to pin stays where it is, with a warning.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, pin_memory: bool = False) -> None:
         self.device = device
-        self.copy_stream = (
-            _CudaCopyStream(device, pin_memory=pin_memory) if device.type == "cuda" else _SyncCopyStream()
-        )
-        self.host_weights = [self._to_host(block) for block in blocks]
+        self.copy_stream = _CudaCopyStream(device) if device.type == "cuda" else _SyncCopyStream()
+        self.host_weights = [_block_tensors(block) for block in blocks]
+        if pin_memory and device.type == "cuda":
+            self._pin(blocks)
         slot_bytes = max((_aligned_bytes(weights) for weights in self.host_weights), default=0)
         count = min(NUM_SLOTS, len(blocks))
         self.slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
@@ -49,9 +54,24 @@ class BlockSwapper:
             block.register_forward_pre_hook(lambda block, *_, index=index: self._before_block(block, index))
             block.register_forward_hook(lambda block, *_, index=index: self._after_block(block, index))
 
-    def _to_host(self, block: nn.Module) -> list[Tensor]:
-        check_cancelled()
-        return self.copy_stream.to_host(_block_tensors(block))
+    def _pin(self, blocks: Sequence[nn.Module]) -> None:
+        """Moves the blocks to pinned memory, one after the other, as many as the system lets."""
+        pool = PinnedPool(sum(map(_aligned_bytes, self.host_weights)))
+        for index, block in enumerate(blocks):
+            check_cancelled()
+            try:
+                pinned = [pool.add(tensor) for tensor in self.host_weights[index]]
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                message = (
+                    f"only {index} of {len(blocks)} transformer blocks fit into pinned memory; the others are copied"
+                )
+                warnings.warn(f"{message} twice in each step, which is slower.", KadrWarning, stacklevel=4)
+                return
+            source, self.host_weights[index] = self.host_weights[index], pinned
+            _set_block_tensors(block, pinned)
+            release_pages(source)
 
     def _before_block(self, block: nn.Module, index: int) -> None:
         slot = self._copy_to_slot(index)
@@ -106,11 +126,30 @@ def _aligned_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(_align(tensor.numel() * tensor.element_size()) for tensor in tensors)
 
 
+class PinnedPool:
+    """Pinned memory for many tensors, in few pieces: torch rounds each piece up to a power of two.
+
+    Args:
+        size: bytes of all tensors, aligned.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._remaining, self._start = size, 0
+        self._piece: Tensor | None = None
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Returns a copy of a tensor in pinned memory."""
+        size = _align(tensor.numel() * tensor.element_size())
+        if self._piece is None or self._start + size > len(self._piece):
+            piece_size = max(size, min(PINNED_PIECE_BYTES, self._remaining))
+            self._piece, self._start = torch.empty(piece_size, dtype=torch.uint8, pin_memory=True), 0
+        (copy,) = _copy_into(self._piece[self._start : self._start + size], [tensor])
+        self._start, self._remaining = self._start + size, self._remaining - size
+        return copy
+
+
 class _SyncCopyStream:
     """Synchronous copies."""
-
-    def to_host(self, tensors: list[Tensor]) -> list[Tensor]:
-        return tensors
 
     def add_slot(self, slot: int, buffer: Tensor) -> None:
         """Does nothing: there is one order."""
@@ -129,17 +168,12 @@ class _SyncCopyStream:
 class _CudaCopyStream:
     """Copies on a separate CUDA stream, from pinned memory."""
 
-    def __init__(self, device: torch.device, *, pin_memory: bool) -> None:
-        self.device, self.pin_memory = device, pin_memory
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream = torch.cuda.Stream(device)
         self.filled_events = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
         self.used_events = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
         self._staging_buffers: list[Tensor | None] = [None] * NUM_SLOTS
-
-    def to_host(self, tensors: list[Tensor]) -> list[Tensor]:
-        if not self.pin_memory:
-            return tensors
-        return _copy_into(torch.empty(_aligned_bytes(tensors), dtype=torch.uint8, pin_memory=True), tensors)
 
     def add_slot(self, slot: int, buffer: Tensor) -> None:
         """Orders copies into a new slot: after work that may still use its memory, and before it is given to others."""
@@ -147,7 +181,7 @@ class _CudaCopyStream:
         buffer.record_stream(self.stream)
 
     def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], slot: int) -> None:
-        staged = sources if self.pin_memory else self._copy_to_staging(sources, slot)
+        staged = sources if all(source.is_pinned() for source in sources) else self._copy_to_staging(sources, slot)
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.used_events[slot])
             for source, target in zip(staged, targets, strict=True):

@@ -90,3 +90,11 @@ class ModuleCache:
         trim_heap()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            _empty_pinned_cache()
+
+
+def _empty_pinned_cache() -> None:
+    """Returns freed pinned memory to the system, where torch has a call for that; else torch keeps it for later."""
+    empty = getattr(torch._C, "_accelerator_emptyHostCache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()

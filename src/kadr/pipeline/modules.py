@@ -176,6 +176,7 @@ class Modules:
             placement.dtype,
             placement.weight_format,
             placement.streamed_blocks,
+            placement.pins_blocks,
             placement.winograd_frames,
         )
         acquired = self.module_cache.acquire(

@@ -32,7 +32,8 @@ def make_plan(
         fitting = [
             index
             for index, placement in enumerate(options.placements)
-            if placement.device_bytes <= free_bytes and placement.host_bytes <= free_host_bytes
+            if placement.device_bytes <= free_bytes
+            and placement.host_bytes + placement.spare_host_bytes <= free_host_bytes
         ]
         if not fitting:
             raise _does_not_fit_error(options, free_bytes, free_host_bytes, device)

@@ -16,12 +16,14 @@ class Placement:
         weight_format: "as stored" (converted layer by layer, as weights are used), "converted" (to `dtype` when the
             module is loaded), or one of `quant.weight_formats`.
         streamed_blocks: blocks that are in memory only while they run; 0 keeps the whole module resident.
+        pins_blocks: streamed blocks wait in pinned memory of the host.
         chunk_frames: latent frames per chunk of the VAE decoder; 0 for other stages.
         winograd_frames: frames that a prepacked Winograd convolution computes at a time; 0 without them.
         mapped_bytes: device bytes of weights in mapped pages of files, which can be released at any time.
         private_bytes: device bytes of all other weights.
         workspace_bytes: device bytes besides weights: activations and buffers.
         host_bytes: host bytes of weights, and of images while they are prepared, where the device has its own memory.
+        spare_host_bytes: host bytes that must be free besides.
         seconds: estimated time of the stage, with its module loaded.
         load_seconds: estimated time of loading the module: reading, converting, quantizing and prepacking its weights.
         window_count: number of windows of a long video that the stage samples in turn; 0 for a video in one piece.
@@ -32,12 +34,14 @@ class Placement:
     dtype: str
     weight_format: str = CONVERTED
     streamed_blocks: int = 0
+    pins_blocks: bool = False
     chunk_frames: int = 0
     winograd_frames: int = 0
     mapped_bytes: int = 0
     private_bytes: int = 0
     workspace_bytes: int = 0
     host_bytes: int = 0
+    spare_host_bytes: int = 0
     seconds: float = 0.0
     load_seconds: float = 0.0
     window_count: int = 0

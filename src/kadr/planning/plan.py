@@ -151,9 +151,9 @@ class Plan:
             names = ", ".join(name if size else f"{name} (of unknown size)" for name, size in self.to_fetch)
             lines.insert(0, f"fetch: {format_bytes(self.bytes_to_fetch)} are not on disk: {names}")
         for stage in self.stages:
-            reason = stage.placement.reason
-            if stage.rejected_placement is not None:
-                needed = format_bytes(stage.rejected_placement.device_bytes)
+            reason, rejected = stage.placement.reason, stage.rejected_placement
+            if rejected is not None and rejected.device_bytes > stage.placement.device_bytes:
+                needed = format_bytes(rejected.device_bytes)
                 shortage = f"{needed} do not fit into {format_bytes(self.free_bytes)}"
                 reason = f"{reason}, because {shortage}" if reason else shortage
             if reason:

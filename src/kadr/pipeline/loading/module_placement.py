@@ -67,7 +67,7 @@ def place_module(
         return module
     streamed = spread_blocks(len(blocks), placement.streamed_blocks)
     _move_other_tensors(module, [block for index, block in enumerate(blocks) if index in streamed], device)
-    BlockSwapper([blocks[index] for index in sorted(streamed)], device)
+    BlockSwapper([blocks[index] for index in sorted(streamed)], device, pin_memory=placement.pins_blocks)
     return module
 
 

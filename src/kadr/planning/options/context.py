@@ -18,10 +18,16 @@ HEAP_FRAGMENTATION = 0.35  # of a stage's workspace: free memory that the host's
 
 @dataclass(frozen=True)
 class WeightOption:
-    """A weight format of a component and why it is offered; see `Placement`. is_streamed: its blocks are streamed."""
+    """A weight format of a component and why it is offered; see `Placement`.
+
+    Args:
+        is_streamed: its blocks are streamed.
+        is_pinned: they wait in pinned memory.
+    """
 
     weight_format: str
     is_streamed: bool = False
+    is_pinned: bool = False
     reason: str = ""
 
 
@@ -86,9 +92,9 @@ class StageContext:
         )
         if not self.on_cpu:
             placement = replace(placement, mapped_bytes=0, private_bytes=weights.mapped + weights.private)
-        return self._stream_blocks(placement, weights) if option.is_streamed else placement
+        return self._stream_blocks(placement, weights, is_pinned=option.is_pinned) if option.is_streamed else placement
 
-    def _stream_blocks(self, placement: Placement, weights: WeightBytes) -> Placement:
+    def _stream_blocks(self, placement: Placement, weights: WeightBytes, *, is_pinned: bool) -> Placement:
         """Returns the placement with blocks in memory only while they run."""
         if self.on_cpu:
             # One block runs; what the system has read ahead of the next one does not count as the process's.
@@ -101,4 +107,7 @@ class StageContext:
             streamed_blocks=weights.num_blocks,
             private_bytes=placement.private_bytes - all_blocks + 2 * block,  # two slots; see `memory.block_swap`
             host_bytes=all_blocks,
+            pins_blocks=is_pinned,
+            # The system can neither swap nor drop pinned memory: it keeps as much for everything else.
+            spare_host_bytes=all_blocks if is_pinned else 0,
         )

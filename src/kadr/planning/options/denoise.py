@@ -128,7 +128,11 @@ def _streamed_weight_options(context: StageContext, source: Source) -> list[Weig
     # On a CPU blocks can be streamed only from a file.
     if context.on_cpu and weight_format != AS_STORED:
         return []
-    return [WeightOption(weight_format, is_streamed=True, reason="transformer blocks are streamed")]
+    streamed = WeightOption(weight_format, is_streamed=True, reason="transformer blocks are streamed")
+    if context.device.type != "cuda":
+        return [streamed]
+    reason = f"{streamed.reason}, and copied twice: the host has too little free memory to pin them"
+    return [replace(streamed, is_pinned=True), replace(streamed, reason=reason)]
 
 
 def _add_lora_bytes(context: StageContext, weights: WeightBytes, option: WeightOption) -> WeightBytes:
