@@ -92,7 +92,10 @@ def test_an_item_in_a_layer_breaks_the_budget(
         assert steady_waits(waits_by_step(cuda, build_request({}, media), {}))
 
 
-def test_the_decoder_waits_for_a_chunk_while_the_next_is_queued(cuda: Runtime, media: dict[str, str]) -> None:
+def test_the_decoder_waits_for_a_chunk_while_the_next_is_queued(
+    cuda: Runtime, media: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kadr.planning.options.vae.LARGE_CHUNK_FRAMES", ())  # several chunks of a short video
     waits = waits_by_step(cuda, build_request({"frames": 65, "steps": 2}, media), {})
     chunks = [step for stage, step in waits if stage == "decode"]
     assert len(chunks) > 4

@@ -138,7 +138,8 @@ class DeviceWatch(TorchDispatchMode):
             self._check_order(before, queue, where)
         for memory in {address(tensor) for tensor in tensors}:
             if memory in allocated:  # from the stream's own pool: what its earlier work still uses may be given out
-                self._accesses[memory] = _Accesses(where, queue)
+                # Pinned memory has no owner: before it is given out again, torch waits for the copies that use it.
+                self._accesses[memory] = _Accesses(where, None if queue is self.gpu.host else queue)
             elif memory in written:
                 self._write(memory, queue, where)
             else:

@@ -220,8 +220,8 @@ def spoil_transformer(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]
     """Spoils all steps from the second on."""
     forward, calls = Transformer.forward, dict.fromkeys(dtypes, 0)
 
-    def spoiled(self: Transformer, tokens: Tensor, *args: Any) -> Tensor:
-        velocity = forward(self, tokens, *args)
+    def spoiled(self: Transformer, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        velocity = forward(self, tokens, *args, **kwargs)
         if tokens.dtype in dtypes:
             calls[tokens.dtype] += 1
             velocity = velocity / 0 if calls[tokens.dtype] > 1 else velocity

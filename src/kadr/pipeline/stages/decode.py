@@ -58,7 +58,10 @@ class DecodeStage:
     def _decode_on_device(
         self, latents: Tensor | WindowedLatents, noise: Tensor | None, dtype: torch.dtype | None
     ) -> Iterator[Tensor]:
-        """Yields frames as `decode` does, on the device. They are finite once the next ones are yielded, or the end."""
+        """Yields frames as `decode` does, on the device.
+
+        Those on a GPU are known to be finite when the next ones come, or none: `copy_to_host` passes them on only then.
+        """
         modules, request = self.modules, self.request
         finite_check = FiniteCheck.for_device(modules.device)
         sampled_size, frames_done = request.sampled_size, 0
@@ -79,6 +82,8 @@ class DecodeStage:
                 unit_range = crop_margins(resize_frames(denormalize(chunk[0]), sampled_size), request.size)
                 frames = to_uint8(unit_range)[: request.frames - frames_done]
                 frames_done += len(frames)
+                if not frames.is_cuda:  # the next check would come too late
+                    finite_check.synchronize()
                 if len(frames):
                     yield frames
             finite_check.synchronize()
