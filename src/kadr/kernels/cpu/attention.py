@@ -3,8 +3,8 @@
 oneDNN can apply a sigmoid to the float32 sums of a product before it rounds them. Where x is far below 0, sigmoid(x) is
 exp(x) but for a share of exp(x): so the logits, less a bound of their own, go through a sigmoid and come out as the
 weights of softmax up to a common factor, rounded once, as torch's are. The bound is |q| |k| by Cauchy and Schwarz,
-plus a margin. It is the same for all queries of a head, as a bias of the keys; the common factor cancels when
-the weighted sum of values is divided by the sum of weights.
+plus a margin. It is the same for all queries of a slice, as a bias of the keys; the common factor cancels when the
+weighted sum of values is divided by the sum of weights.
 
 Both products run at the speed of large matrices, and a softmax in float32 is never written to memory. Measured.
 """
@@ -68,45 +68,45 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, is_exact: b
     if bias is not None and not is_mask(bias):
         raise ValueError("the bias is not a mask")
     for index in range(batch):
-        is_kept = None if bias is None else bias[index, 0, 0] == 0
-        key_bias = _key_bias(_bound_logits(q[index], k[index]).to(q.dtype), k.shape[2], is_kept)
+        mask_bias = _mask_bias(q.dtype, k.shape[2], None if bias is None else bias[index, 0, 0])
+        bounds = _bound_logits(q[index], k[index])
         for head in range(heads):
-            _attend_head(
-                q[index, head], k[index, head], v[index, head], key_bias[head], output[index, :, head], is_exact
-            )
+            inputs = (q[index, head], k[index, head], v[index, head], mask_bias, bounds[head])
+            output[index, :, head] = _attend_head(*inputs, is_exact)
     return output.transpose(1, 2)
 
 
-def _key_bias(bound: Tensor, keys: int, is_kept: Tensor | None) -> Tensor:
-    """Returns what is added to the logits of the keys of each head, padded (H, M'): minus the bound (H)."""
-    key_bias = (-bound)[:, None].repeat(1, keys + -keys % KEY_ALIGNMENT)
-    key_bias[:, keys:] = MASK_BIAS
-    if is_kept is not None:
-        key_bias[:, :keys].masked_fill_(~is_kept, MASK_BIAS)
-    return key_bias
+def _mask_bias(dtype: torch.dtype, keys: int, bias: Tensor | None) -> Tensor:
+    """Returns the bias of the keys with padding to `KEY_ALIGNMENT` (M'): 0, or `MASK_BIAS` for those without weight."""
+    mask_bias = torch.zeros(keys + -keys % KEY_ALIGNMENT, dtype=dtype)
+    mask_bias[keys:] = MASK_BIAS
+    if bias is not None:
+        mask_bias[:keys].masked_fill_(bias != 0, MASK_BIAS)
+    return mask_bias
 
 
-def _attend_head(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, output: Tensor, is_exact: bool) -> None:
-    """Writes the attention of one head into `output` (N, d). q: (N, d), k, v: (M, d), key_bias: (M')."""
-    padding = len(key_bias) - len(k)
-    queries = q.contiguous()
+def _attend_head(q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor, bounds: Tensor, is_exact: bool) -> Tensor:
+    """Computes the attention of one head, fp32 (N, d). q: (N, d), k, v: (M, d), mask_bias: (M'), bounds: (N)."""
+    padding = len(mask_bias) - len(k)
     key_matrix, value_matrix = (F.pad(t, (0, 0, 0, padding)) if padding else t.contiguous() for t in (k, v))
     value_matrix = value_matrix.t()
-    count = max(1, -(-len(q) * len(key_bias) * q.itemsize // WEIGHT_BYTES))
+    count = max(1, -(-len(q) * len(mask_bias) * q.itemsize // WEIGHT_BYTES))
     if count >= MIN_PREPACKED_SLICES:
         key_matrix, value_matrix = map(torch.ops.mkldnn._reorder_linear_weight, (key_matrix, value_matrix))
-    slices: list[_Sums] = []
-    for rows in queries.split(-(-len(q) // count)):
+    step, slices = -(-len(q) // count), list[_Sums]()
+    for queries, slice_bounds in zip(q.contiguous().split(step), bounds.split(step), strict=True):
         check_cancelled()
-        slices.append(_sum_slice(rows, key_matrix, value_matrix, key_bias, is_exact))
+        key_bias = mask_bias - slice_bounds.max()
+        slices.append(_sum_slice(queries, key_matrix, value_matrix, key_bias, is_exact))
     values, remainders, weights = slices[0] if count == 1 else map(torch.cat, zip(*slices, strict=True))
     total = weights.sum(-1, keepdim=True, dtype=torch.float32)
-    sums = values.float()
-    output.copy_((sums.add_(remainders) if is_exact else sums).div_(total))
-    is_kept = total >= MIN_SUM
-    if not bool(is_kept.all()):
-        lost = is_kept.logical_not_()[:, 0].nonzero()[:, 0]
-        output[lost] = _attend_widely(q[lost], k, v, key_bias[: len(k)]).to(output.dtype)
+    output = values.float()
+    output = (output.add_(remainders) if is_exact else output).div_(total)
+    is_whole = total[:, 0] >= MIN_SUM
+    if not bool(is_whole.all()):
+        lost = is_whole.logical_not_().nonzero()[:, 0]
+        output[lost] = _attend_widely(q[lost], k, v, mask_bias[: len(k)] == 0).float()
+    return output
 
 
 class _Sums(NamedTuple):
@@ -130,12 +130,13 @@ def _sum_slice(q: Tensor, key_matrix: Tensor, value_matrix: Tensor, key_bias: Te
 
 
 def _bound_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Returns a bound of the logits of each head (H), with the margin; NaN where an input is not finite."""
-    largest_q, largest_k = (torch.linalg.vector_norm(t, dim=-1).amax(-1).float() for t in (q, k))
-    return largest_q * largest_k * (1 + 2.0**-6) + MARGIN  # the norms are rounded to bfloat16
+    """Returns a bound of the logits of each query (H, N), with the margin; NaN where an input is not finite."""
+    q_norms, k_norms = (torch.linalg.vector_norm(tensor, dim=-1).float() for tensor in (q, k))
+    return q_norms * k_norms.amax(-1, keepdim=True) * (1 + 2.0**-6) + MARGIN  # norms are rounded to bfloat16
 
 
-def _attend_widely(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> Tensor:
-    """Attends with logits of any spread in float32: q (N, d), k and v (M, d). key_bias: (M), as for a sigmoid."""
-    logits = (q.float() @ k.float().t()).masked_fill_(key_bias == MASK_BIAS, float("-inf"))
-    return logits.softmax(-1) @ v.float()
+def _attend_widely(q: Tensor, k: Tensor, v: Tensor, takes_part: Tensor) -> Tensor:
+    """Attends with logits of any spread, as torch does: q (N, d), k and v (M, d). takes_part: (M)."""
+    mask = None if bool(takes_part.all()) else takes_part[None, None, None]
+    q, k, v = q[None, None], k[None, None], v[None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)[0, 0]
