@@ -255,7 +255,7 @@ bool is_channels_last(const Tensor& tensor) {
 }
 
 // cuDNN's output is channels last in memory if the input or the weight is, whatever the shape of the other one says.
-Tensor convolution(
+Tensor convolve(
     const Tensor& input,
     const Tensor& weight,
     const std::optional<Tensor>& bias,
@@ -285,6 +285,24 @@ Tensor convolution(
   return aliases.to_cuda(output.contiguous(format));
 }
 
+// What torch.convolution ends in, and what kadr calls in float32 to say that it wants no TF32.
+Tensor convolve_with_flags(
+    const Tensor& input,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    bool transposed,
+    at::IntArrayRef output_padding,
+    int64_t groups,
+    bool benchmark,
+    bool deterministic,
+    bool cudnn_enabled,
+    bool allow_tf32) {
+  return convolve(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
+}
+
 int64_t memory_allocated() {
   return allocated_bytes;
 }
@@ -312,7 +330,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", empty_memory_format);
   m.impl("empty_strided", empty_strided);
   m.impl("copy_", copy_);
-  m.impl("convolution", convolution);
+  m.impl("convolution", convolve);
+  m.impl("_convolution", convolve_with_flags);
 }
 
 TORCH_LIBRARY(fake_cuda, m) {

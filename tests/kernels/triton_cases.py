@@ -251,7 +251,7 @@ def test_fused_runs_every_kernel_and_accepts_it() -> None:
         "gate_residual": (x, gate, x),
         "gate_residual_norm_modulate": (x, gate, x, scale, shift),
         "gate_residual_norm_modulate_quantize": (x, gate, x, scale, shift, code_dtype),
-        "norm_rope": (x, shift[0, 0], x.unflatten(-1, (-1, 2)), 1e-5, 0.5),
+        "norm_rope": (x, shift[0, 0], x.contiguous().unflatten(-1, (-1, 2)), 1e-5, 0.5),
         "quantize_rows": (x[0], code_dtype),
         "gelu_quantize": (x[0], code_dtype),
         "rescale": (sums, sums[:, :1].contiguous(), sums[0], None, torch.float32),

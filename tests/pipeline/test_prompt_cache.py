@@ -266,10 +266,10 @@ def test_least_recently_used_files_go_first_and_no_foreign_one(
     assert foreign_file.exists()
 
 
-def test_without_cache_nothing_is_written(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cache_no_prompt_is_written(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KADR_CACHE", str(tmp_path / "cache"))
     open_engine(home, False).denoise(REQUEST)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "prompts").exists()
     open_engine(home, True).denoise(REQUEST)
     assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 2
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 
 from kadr.errors import PlanError
 from kadr.kernels.choices import record_choices
 from kadr.pipeline.stages.control_networks import networks_to_fetch
 from kadr.pipeline.stages.text import PromptEncoder
-from kadr.planning.backends import attention_note
+from kadr.planning.backends import describe_attention
 from kadr.planning.calibration.storage import current_calibration, load_kernels
 from kadr.planning.costs.activations import MAX_PROMPT_TOKENS
 from kadr.planning.plan import Plan
@@ -67,12 +67,15 @@ def plan_request(
             *((item.name, item.bytes_to_fetch) for item in components if item.path is None),
             *networks_to_fetch(resolved.controls),
         ),
-        notes=tuple(_notes(spec, workload, has_tokenizer)),
+        notes=()
+        if has_tokenizer
+        else (f"text: prompts are taken to have {MAX_PROMPT_TOKENS} tokens, the most: the tokenizer is not on disk",),
+        attention=_describe_attention(spec, workload),
     )
 
 
-def _notes(spec: ModelSpec, workload: Workload, has_tokenizer: bool) -> Iterator[str]:
-    if not has_tokenizer:
-        yield f"text: prompts are taken to have {MAX_PROMPT_TOKENS} tokens, the most: the tokenizer is not on disk"
-    if not workload.stages or "denoise" in workload.stages:
-        yield attention_note(spec, workload, load_kernels(spec.dtype, spec.device) | record_choices(spec.device))
+def _describe_attention(spec: ModelSpec, workload: Workload) -> str:
+    if workload.stages and "denoise" not in workload.stages:
+        return ""
+    kernels = load_kernels(spec.dtype, spec.device) | record_choices(spec.device)
+    return describe_attention(spec, workload, kernels)

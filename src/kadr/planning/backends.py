@@ -47,7 +47,7 @@ def _cpu_matmul_backend(dtype: torch.dtype, device: torch.device, weight_format:
     )
 
 
-def attention_note(spec: ModelSpec, workload: Workload, kernels: Mapping[str, str]) -> str:
+def describe_attention(spec: ModelSpec, workload: Workload, kernels: Mapping[str, str]) -> str:
     """Names the kernel of self-attention in the largest pass, and what would be faster on this CPU.
 
     Args:
@@ -57,11 +57,11 @@ def attention_note(spec: ModelSpec, workload: Workload, kernels: Mapping[str, st
     tokens = max(resolved_pass.grid.num_tokens for resolved_pass in workload.passes)
     shape = (config.num_heads, tokens, config.head_dim)
     name = attention.find_choice(kernels, shape, spec.dtype, device, may_round=spec.quant == INT8)
-    note = f"attention over {tokens} tokens: {name or 'the fastest of those installed, tried at its first use'}"
+    text = f"attention over {tokens} tokens: {name or 'the fastest of those installed, tried at its first use'}"
     is_long = config.num_heads * tokens**2 >= attention.MIN_CPU_LOGITS
     if device.type == "cpu" and is_long and spec.dtype == torch.bfloat16 and zen.is_recommended(cpu_model()):
-        note += f"; zentorch takes about {ZENTORCH_TIME_SHARE} of the time of oneDNN: pip install 'kadr[{zen.EXTRA}]'"
-    return note
+        text += f"; zentorch takes about {ZENTORCH_TIME_SHARE} of the time of oneDNN: pip install 'kadr[{zen.EXTRA}]'"
+    return text
 
 
 def conv_backend(dtype: torch.dtype, device: torch.device) -> str:

@@ -49,6 +49,7 @@ class Plan:
         to_fetch: names of the components that are not on disk, and the bytes of each; None where they are not known.
         release: name of the model's release, whose recipe fills in what the request leaves out; None if unreleased.
         notes: what the plan had to assume.
+        attention: what computes self-attention; "" where no transformer runs.
     """
 
     device: str
@@ -64,6 +65,7 @@ class Plan:
     to_fetch: tuple[tuple[str, int | None], ...] = ()
     release: str | None = None
     notes: tuple[str, ...] = ()
+    attention: str = ""
 
     @property
     def bytes_to_fetch(self) -> int:
@@ -177,6 +179,7 @@ class Plan:
             "cached_components": sorted(self.cached_components),
             "bytes_to_fetch": self.bytes_to_fetch,
             "reasons": self.reasons(),
+            "attention": self.attention,
             "stages": [
                 {
                     "stage": stage.stage,
@@ -205,13 +208,16 @@ class Plan:
             yield stage.stage, stage.component, *cells
 
     def _repr_html_(self) -> str:
-        return table(self._rows(), head=_HEAD) + lines([self.summary(), *self.reasons()])
+        return table(self._rows(), head=_HEAD) + lines(self._footer())
+
+    def _footer(self) -> list[str]:
+        return [self.summary(), *self.reasons(), *([self.attention] if self.attention else [])]
 
     def __str__(self) -> str:
         rows = [_HEAD, *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         aligned = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*aligned, self.summary(), *self.reasons()])
+        return "\n".join([*aligned, *self._footer()])
 
     def summary(self) -> str:
         """Returns peak, available memory and time in one line."""
