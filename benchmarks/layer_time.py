@@ -71,11 +71,12 @@ class PartTimer:
                 module, _, function = name.rpartition(".")
                 original = getattr(import_module(module), function)
                 stack.enter_context(patch(name, self.wrap(part, original)))
-            attend = self.wrap(
-                lambda q, k, *_: SELF_ATTENTION if len(q[0, 0]) == len(k[0, 0]) else CROSS_ATTENTION, attention.attend
-            )
-            stack.enter_context(patch.object(attention, "attend", attend))
+            stack.enter_context(patch.object(attention, "attend", self.wrap(_attention_part, attention.attend)))
             yield
+
+
+def _attention_part(q: Tensor, k: Tensor, *_: Any) -> str:
+    return SELF_ATTENTION if q.shape[2] == k.shape[2] else CROSS_ATTENTION
 
 
 def build_block(config: TransformerConfig, quant: str | None) -> Transformer:
