@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from kadr.kernels import attention
 from kadr.kernels.cpu.malloc import tune_malloc
