@@ -11,6 +11,7 @@ PIP := $(PY) -m pip install --quiet -c constraints.txt
 PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3.10 python3
 SUITABLE := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 DEMO := out/demo.mp4
+ALONE = $(shell grep -rl 'pytest.mark.alone' tests --include='*.py')
 ARGS ?=
 COMMA := ,
 
@@ -80,7 +81,7 @@ demo: .venv/.core  ## make out/demo.mp4 with the bundled model; no network once 
 # First the tests that measure time, one by one. Then the others in two processes of one thread each: most are too small
 # for two threads to help each other. That ARGS names no test of one kind (pytest's 5) is no failure.
 test: .venv/.test  ## the whole suite, on two cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS) -m alone || test $$? = 5
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(or $(ARGS),$(ALONE)) -m alone || test $$? = 5
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) \
 	    || test $$? = 5
 
