@@ -107,7 +107,7 @@ def _check_units(machine: Machine) -> Iterator[Finding]:
         )
         yield Finding(SPEED, "dtype", message, "--quant int8" if machine.has_fast_int8 else "")
     if machine.device == "cpu" and machine.has_bfloat16 and zen.is_recommended(machine.cpu):
-        message = "attention takes about 0.7 of the time with AMD's zentorch, which is not installed."
+        message = f"attention takes about {zen.TIME_SHARE} of the time with AMD's zentorch, which is not installed."
         yield Finding(SPEED, "attention", message, f"pip install 'kadr[{zen.EXTRA}]'")
     if not machine.has_fast_int8:
         units = "VNNI" if machine.device == "cpu" else "int8 matmuls"

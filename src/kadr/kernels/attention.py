@@ -82,8 +82,23 @@ class Bucket(NamedTuple):
 
     @classmethod
     def from_tensors(cls, q: Tensor, k: Tensor, bias: Tensor | None, *, may_round: bool = False) -> Bucket:
-        query_length, key_length = (1 << (length - 1).bit_length() for length in (q.shape[2], k.shape[2]))
-        return cls(q.device, q.dtype, q.shape[3], query_length, key_length, bias is not None, may_round)
+        lengths = q.shape[2], k.shape[2]
+        return cls.of_lengths(*lengths, q.device, q.dtype, q.shape[3], bias is not None, may_round)
+
+    @classmethod
+    def of_lengths(
+        cls,
+        queries: int,
+        keys: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        has_bias: bool,
+        may_round: bool,
+    ) -> Bucket:
+        """Returns the bucket of so many queries and keys."""
+        query_length, key_length = (1 << (length - 1).bit_length() for length in (queries, keys))
+        return cls(device, dtype, head_dim, query_length, key_length, has_bias, may_round)
 
     @property
     def key(self) -> str:
@@ -272,11 +287,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, may_r
 
 def _has_choice(q: Tensor, k: Tensor) -> bool:
     """Returns whether these inputs have candidates besides torch's choice."""
-    return _has_cpu_choice(q, k) if q.device.type == "cpu" else q.is_cuda
+    return has_cpu_choice(q.shape[:3].numel() * k.shape[2], q.dtype) if q.device.type == "cpu" else q.is_cuda
 
 
-def _has_cpu_choice(q: Tensor, k: Tensor) -> bool:
-    return q.shape[:3].numel() * k.shape[2] >= MIN_CPU_LOGITS and q.dtype in (torch.bfloat16, torch.float32)
+def has_cpu_choice(num_logits: int, dtype: torch.dtype) -> bool:
+    """Returns whether so many logits have candidates besides torch's choice on a CPU."""
+    return num_logits >= MIN_CPU_LOGITS and dtype in (torch.bfloat16, torch.float32)
 
 
 def find_choice(
@@ -290,15 +306,12 @@ def find_choice(
     Returns:
         None where the choice was not made yet.
     """
-    q = torch.empty(1, *q_shape, dtype=dtype, device="meta")
-    if (
-        device.type not in ("cpu", "cuda")
-        or mode.current() == mode.REFERENCE
-        or (device.type == "cpu" and not _has_cpu_choice(q, q))
-    ):
+    heads, tokens, head_dim = q_shape
+    has_choice = has_cpu_choice(heads * tokens**2, dtype) if device.type == "cpu" else device.type == "cuda"
+    if not has_choice or mode.current() == mode.REFERENCE:
         return TORCH_SDPA.name
-    bucket = Bucket.from_tensors(q, q, None, may_round=may_round and device.type == "cpu")
-    return choices.get(bucket._replace(device=device).key)
+    may_round = may_round and device.type == "cpu"
+    return choices.get(Bucket.of_lengths(tokens, tokens, device, dtype, head_dim, False, may_round).key)
 
 
 def autotuners_for(device: torch.device) -> list[AttentionAutotuner]:

@@ -150,8 +150,9 @@ def uses_8bit_matmul(layer: nn.Module) -> bool:
 def _shared_quantizer(layers: tuple[nn.Module, ...]) -> QuantizesInput | None:
     """Returns the layer that quantizes the input of all these active layers; None where each takes it as it is."""
     first = layers[0]
-    is_shared = isinstance(first, QuantizesInput) and all(type(layer) is type(first) for layer in layers)
-    return first if is_shared and isinstance(first, QuantizesInput) else None
+    if isinstance(first, QuantizesInput) and all(type(layer) is type(first) for layer in layers):
+        return first
+    return None
 
 
 def modulated_input(x: Tensor, scale: Tensor, shift: Tensor, *layers: nn.Module) -> Tensor | Quantized:

@@ -47,7 +47,9 @@ def remember_kernels(spec: ModelSpec) -> None:
 
     A cache folder that cannot be written costs that and nothing else.
     """
-    chosen, stored = record_choices(spec.device), load_kernels(spec.dtype, spec.device)
+    if not (chosen := record_choices(spec.device)):
+        return
+    stored = load_kernels(spec.dtype, spec.device)
     if chosen.keys() - stored.keys():
         with suppress(OSError, RuntimeError, KadrError):
             store_kernels(chosen | stored, spec.dtype, spec.device)

@@ -16,8 +16,9 @@ from kadr.planning.plan import Plan
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import suggest_smaller, warn_if_long
 from kadr.planning.workload import Workload, build_workload
+from kadr.quant.weight_formats import FP8, INT8
 from kadr.request.resolved_request import ResolvedRequest
-from kadr.spec.model import ModelSpec
+from kadr.spec.model import PASS_STAGES, ModelSpec
 
 
 def plan_request(
@@ -70,12 +71,13 @@ def plan_request(
         notes=()
         if has_tokenizer
         else (f"text: prompts are taken to have {MAX_PROMPT_TOKENS} tokens, the most: the tokenizer is not on disk",),
-        attention=_describe_attention(spec, workload),
+        attention=_describe_attention(spec, workload, plan),
     )
 
 
-def _describe_attention(spec: ModelSpec, workload: Workload) -> str:
-    if workload.stages and "denoise" not in workload.stages:
+def _describe_attention(spec: ModelSpec, workload: Workload, plan: Plan) -> str:
+    weight_formats = {stage.placement.weight_format for stage in plan.stages if stage.stage in PASS_STAGES}
+    if not weight_formats:
         return ""
     kernels = load_kernels(spec.dtype, spec.device) | record_choices(spec.device)
-    return describe_attention(spec, workload, kernels)
+    return describe_attention(spec, workload, kernels, is_8bit=not weight_formats.isdisjoint((INT8, FP8)))

@@ -16,7 +16,6 @@ from kadr.quant.weight_formats import INT8
 from kadr.spec.model import ModelSpec
 
 TORCH = "torch"
-ZENTORCH_TIME_SHARE = 0.7  # of attention by oneDNN; measured on Zen 5, 0.65 to 0.76 by length and width of heads
 
 
 def matmul_backend(dtype: torch.dtype, device: torch.device, weight_format: str, *, is_streamed: bool) -> str:
@@ -47,20 +46,21 @@ def _cpu_matmul_backend(dtype: torch.dtype, device: torch.device, weight_format:
     )
 
 
-def describe_attention(spec: ModelSpec, workload: Workload, kernels: Mapping[str, str]) -> str:
+def describe_attention(spec: ModelSpec, workload: Workload, kernels: Mapping[str, str], *, is_8bit: bool) -> str:
     """Names the kernel of self-attention in the largest pass, and what would be faster on this CPU.
 
     Args:
         kernels: those that were chosen before; see `kernels.choices`.
+        is_8bit: the transformer multiplies in 8 bits.
     """
     config, device = spec.transformer_config, spec.device
     tokens = max(resolved_pass.grid.num_tokens for resolved_pass in workload.passes)
     shape = (config.num_heads, tokens, config.head_dim)
-    name = attention.find_choice(kernels, shape, spec.dtype, device, may_round=spec.quant == INT8)
+    name = attention.find_choice(kernels, shape, spec.dtype, device, may_round=is_8bit)
     text = f"attention over {tokens} tokens: {name or 'the fastest of those installed, tried at its first use'}"
-    is_long = config.num_heads * tokens**2 >= attention.MIN_CPU_LOGITS
-    if device.type == "cpu" and is_long and spec.dtype == torch.bfloat16 and zen.is_recommended(cpu_model()):
-        text += f"; zentorch takes about {ZENTORCH_TIME_SHARE} of the time of oneDNN: pip install 'kadr[{zen.EXTRA}]'"
+    has_choice = device.type == "cpu" and attention.has_cpu_choice(shape[0] * tokens**2, spec.dtype)
+    if has_choice and spec.dtype == torch.bfloat16 and zen.is_recommended(cpu_model()):
+        text += f"; zentorch takes about {zen.TIME_SHARE} of the time of oneDNN: pip install 'kadr[{zen.EXTRA}]'"
     return text
 
 

@@ -17,7 +17,6 @@ from kadr.cancellation import check_cancelled
 from kadr.kernels import mode
 from kadr.kernels.cpu import int8, tokens, winograd
 from kadr.kernels.cpu.malloc import mmap_large_allocations
-from kadr.kernels.fused import norm_modulate
 from kadr.kernels.int8 import has_int8_units
 from kadr.kernels.matmul import has_bf16_units, linear, linear_gelu
 from kadr.nn.conv import KERNEL_SIZE, CausalConv3d, ChunkedConv3d
@@ -86,7 +85,8 @@ class PrepackedInt8Linear(QuantizesInput):
         """See `QuantizesInput.quantize_modulated`: one pass over memory."""
         if tokens.is_supported(x, scale, shift):
             return int8.norm_modulate_quantize(x, scale, shift), x.shape[:-1]
-        return self.quantize_input(norm_modulate(x, scale, shift))
+        quantized: tuple[int8.UnsignedRows, torch.Size] = super().quantize_modulated(x, scale, shift)
+        return quantized
 
     def matmul(self, quantized: tuple[int8.UnsignedRows, torch.Size]) -> Tensor:
         """Multiplies a quantized input with the weight and adds the bias -> (..., O)."""
