@@ -1,18 +1,20 @@
-"""Speedup of each kernel over its definition: `python -m benchmarks.kernels`. Needs a CUDA device.
+"""Speedup of each kernel over its definition: `python -m benchmarks.kernels`.
 
 Every kernel runs beside its definition at the sizes of the released models, with cold caches, and so do the attention
-candidates and the 8-bit matmuls. Errors are relative, against the definition in float32. Prints a table, and the same
-as one line of JSON.
+candidates and the 8-bit matmuls; on a CPU the attention candidates alone, beside what torch picks. Errors are
+relative, against the definition in float32. Prints a table, and the same as one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,10 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kadr.bench.machine import describe_machine
+from kadr.bench.runner import clock_for
 from kadr.kernels import attention, dequant, fp8, fused, int8, reference
+from kadr.kernels.autotuner import TORCH_SDPA, AttentionAutotuner, relative_error, torch_sdpa
 from kadr.kernels.ggml_types import GGML_TYPES
+from kadr.memory.device import pick_device
 
-WARM_UPS, TIMED_RUNS = 3, 15
+WARM_UPS = 3
+TIMED_RUNS = {"cuda": 15, "cpu": 5}
+CPU_TOKENS = (2560, 6144)
 FLUSH_BYTES = 256 << 20  # written before each run; more than any cache holds
 EIGHT_BIT_DTYPES = (torch.int8, torch.float8_e4m3fn)
 COLUMNS = (
@@ -152,17 +160,21 @@ def supported_eight_bit_dtypes() -> tuple[torch.dtype, ...]:
 
 def median_seconds(run: Callable[..., Any], *arguments: Any) -> float:
     """Returns the median seconds of some runs on the current CUDA device, each with cold caches."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(WARM_UPS):
-        run(*arguments)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(TIMED_RUNS)]
-    for start, end in events:
+    (seconds,) = in_turns(partial(run, *arguments), device=torch.device("cuda"))
+    return seconds
+
+
+def in_turns(*runs: Callable[[], Any], device: torch.device) -> list[float]:
+    """Returns the median seconds of each, over rounds in which each runs once, with cold caches."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    for run in runs:
+        for _ in range(WARM_UPS):
+            run()
+    clock, seconds = clock_for(device), []
+    for _ in range(TIMED_RUNS[device.type]):
         flush.zero_()
-        start.record()
-        run(*arguments)
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1000
+        seconds.append([clock(run) for run in runs])
+    return [statistics.median(times) for times in zip(*seconds, strict=True)]
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
@@ -207,32 +219,35 @@ def measure_kernel(case: KernelCase, size: ModelShape) -> KernelResult:
     return KernelResult(name, size.name, reference_seconds, kernel_seconds, moved_bytes / kernel_seconds / 1e9, *errors)
 
 
-def measure_attention(size: ModelShape) -> Iterator[KernelResult]:
-    """Measures self-attention, and cross-attention with a bias and without."""
-    autotuner = attention.autotuner_for(torch.device("cuda"))
+def measure_attention(
+    size: ModelShape, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[KernelResult]:
+    """Measures self-attention, and cross-attention with a bias and without, beside what torch picks."""
     for keys, has_bias in ((size.tokens, False), (size.text_length, False), (size.text_length, True)):
         shapes = ((1, length, size.heads, size.width // size.heads) for length in (size.tokens, keys, keys))
-        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for shape in shapes)
-        arguments = (q, k, v, torch.zeros(1, 1, 1, keys, device="cuda", dtype=torch.bfloat16) if has_bias else None)
-        reference_seconds = median_seconds(attention.torch_sdpa, *arguments)
-        for candidate in autotuner.candidates:
-            outcome = autotuner.try_candidate(candidate, *arguments)
-            if isinstance(outcome, str):
-                print(f"{candidate.name}, {keys} keys: {outcome}", file=sys.stderr)
-                continue
-            name = f"attention by {candidate.name}, {keys} keys{', bias' if has_bias else ''}"
-            seconds = median_seconds(candidate.run, *arguments)
-            errors = (
-                attention.relative_error(run(*arguments), *arguments) for run in (attention.torch_sdpa, candidate.run)
-            )
-            yield KernelResult(
-                name,
-                size.name,
-                reference_seconds,
-                seconds,
-                4 * size.tokens * keys * size.width / seconds / 1e12,
-                *errors,
-            )
+        q, k, v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for shape in shapes)
+        arguments = (q / q.shape[-1] ** 0.5, k, v, torch.zeros_like(k[:, :1, None, :, 0]) if has_bias else None)
+        for may_round in (False, True)[: 1 + (device.type == "cpu")]:
+            names = f"{keys} keys{', bias' if has_bias else ''}{', may round' if may_round else ''}"
+            yield from measure_candidates(size, names, attention.autotuner_for(device, may_round), arguments)
+
+
+def measure_candidates(
+    size: ModelShape, names: str, autotuner: AttentionAutotuner, arguments: tuple[Tensor, Tensor, Tensor, Tensor | None]
+) -> Iterator[KernelResult]:
+    """Measures the candidates that an autotuner accepts; prints why it rejects the others."""
+    q, k = arguments[:2]
+    for candidate in autotuner.candidates:
+        outcome = autotuner.try_candidate(candidate, *arguments)
+        if isinstance(outcome, str):
+            print(f"{candidate.name}, {size.name}, {names}: {outcome}", file=sys.stderr)
+        elif candidate is not TORCH_SDPA:
+            runs = torch_sdpa, candidate.run
+            seconds = in_turns(*(partial(run, *arguments) for run in runs), device=q.device)
+            rate = 4 * q.numel() * k.shape[2] / seconds[1] / 1e12
+            errors = [relative_error(run(*arguments), *arguments) for run in runs]
+            dtype = str(q.dtype).removeprefix("torch.")
+            yield KernelResult(f"attention by {candidate.name}, {names}, {dtype}", size.name, *seconds, rate, *errors)
 
 
 def measure_matmul(size: ModelShape) -> Iterator[KernelResult]:
@@ -274,24 +289,31 @@ def markdown_table(rows: list[KernelResult]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def measure(size: ModelShape, device: torch.device) -> Iterator[KernelResult]:
+    """Measures all there is for a device at one size: on a CPU the kernels are those of attention."""
+    if device.type == "cpu":
+        for tokens, dtype in itertools.product(CPU_TOKENS, (torch.bfloat16, torch.float32)):
+            yield from measure_attention(
+                replace(size, tokens=tokens, name=f"{size.name}, {tokens} tokens"), device, dtype
+            )
+        return
+    for case in cases(size, "cuda", eight_bit_dtypes=supported_eight_bit_dtypes()):
+        yield measure_kernel(case, size)
+    yield from measure_attention(size, device)
+    yield from measure_matmul(size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--size", choices=[size.name for size in MODEL_SHAPES], action="append", help="default: all")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("the kernels run on a GPU, and torch finds no CUDA device here.")
-    rows: list[KernelResult] = []
+    device = pick_device(options.device)
+    sizes = [size for size in MODEL_SHAPES if size.name in (options.size or [size.name])]
     with torch.inference_mode():
-        for size in MODEL_SHAPES:
-            if size.name in (options.size or [size.name]):
-                rows += [
-                    measure_kernel(case, size)
-                    for case in cases(size, "cuda", eight_bit_dtypes=supported_eight_bit_dtypes())
-                ]
-                rows += [*measure_attention(size), *measure_matmul(size)]
+        rows = [row for size in sizes for row in measure(size, device)]
     print(markdown_table(rows))
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    print(json.dumps({**machine, "rows": [asdict(row) for row in rows]}))
+    print(json.dumps({**describe_machine(device), "rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class CancelToken:
     Attributes:
         is_cancelled: read often, by the work.
         reason: message of the `Cancelled` that the work raises.
-        queued_layers: events of the layers that a GPU has queued; see `kernels.run_ahead`.
+        queued_layers: events of the layers that a GPU has queued; see `kernels.cuda.run_ahead`.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,8 @@ from benchmarks.kernels import (
     supported_eight_bit_dtypes,
 )
 from kadr.kernels import attention, fp8, fused, reference, trial
-from kadr.kernels.cuda_graphs import GraphedCallable
+from kadr.kernels.autotuner import Bucket
+from kadr.kernels.cuda.graphs import GraphedCallable
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,7 +125,7 @@ def test_attention_is_correct_for_every_shape_and_dtype(
         output = attention.attend(q, k, v, bias)
     expected = F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), None if bias is None else bias.float())
     assert float((output.float() - expected).norm() / expected.norm()) < {torch.float32: 1e-4}.get(dtype, 0.01)
-    print(attention.autotuner_for(q.device).outcomes[attention.Bucket.from_tensors(q, k, bias)])
+    print(attention.autotuner_for(q.device).outcomes[Bucket.from_tensors(q, k, bias)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,8 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kadr.errors import Cancelled, KadrWarning, RequestError
 from kadr.kernels import attention
-from kadr.kernels.attention import TORCH_SDPA, AttentionAutotuner, Bucket, Candidate, attend, torch_sdpa
+from kadr.kernels.attention import attend
+from kadr.kernels.autotuner import (
+    NOT_SUPPORTED,
+    TORCH_SDPA,
+    AttentionAutotuner,
+    AttentionFunction,
+    Bucket,
+    Candidate,
+    is_key_for,
+    torch_sdpa,
+)
 from kadr.kernels.cpu import attention as cpu_attention
+from kadr.kernels.cuda import attention as cuda_attention
 from tests.oracles import relative_error
 
 
@@ -35,9 +46,7 @@ class FakeTimer:
         call()
         return self.seconds_by_name[self.running]
 
-    def candidate(
-        self, name: str, run: attention.AttentionFunction = torch_sdpa, supports: Any = lambda *_: True
-    ) -> Candidate:
+    def candidate(self, name: str, run: AttentionFunction = torch_sdpa, supports: Any = lambda *_: True) -> Candidate:
         def recorded(*arguments: Tensor | None) -> Tensor:
             self.running = name
             return run(*arguments)
@@ -217,7 +226,7 @@ def test_gpu_candidates_set_no_flag_of_the_process(has_bias: bool, monkeypatch: 
 @pytest.mark.parametrize("length", [64, 70])
 def test_rows_of_an_aligned_bias_begin_at_multiples_of_16(length: int) -> None:
     bias = torch.randn(2, 1, 1, length)
-    aligned = attention._align_bias(bias)
+    aligned = cuda_attention._align_bias(bias)
     assert torch.equal(aligned, bias)
     assert all(stride % 16 == 0 for stride in aligned.stride()[:-1])
     assert (aligned is bias) is (length == 64)
@@ -261,7 +270,7 @@ def test_a_candidate_is_not_run_for_inputs_it_does_not_support() -> None:
     bias[..., 40:] = -10000.0
     assert autotuner.pick(*inputs()).name == "fast"
     assert autotuner.pick(*inputs()._replace(bias=bias)).name == "biased"
-    assert list(autotuner.outcomes.values())[1] == {"fast": attention.NOT_SUPPORTED, "biased": 2.0}
+    assert list(autotuner.outcomes.values())[1] == {"fast": NOT_SUPPORTED, "biased": 2.0}
 
 
 def test_a_candidate_that_ignores_the_bias_is_rejected() -> None:
@@ -310,7 +319,7 @@ def test_a_cpu_chooses_by_trial_on_a_few_heads(
 
     autotuner = cpu_trials[may_round]
     autotuner.candidates = [Candidate("oneDNN", record), *autotuner.candidates[1:]]
-    monkeypatch.setattr(attention, "CPU_TRIAL_FLOPS", 2 * 4 * 70 * 70 * 16)
+    monkeypatch.setattr("kadr.kernels.autotuner.CPU_TRIAL_FLOPS", 2 * 4 * 70 * 70 * 16)
     q, k, v, _ = inputs(dtype=torch.bfloat16)
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
     assert relative_error(attend(q, k, v, may_round=may_round), expected) <= 0.004
@@ -318,7 +327,7 @@ def test_a_cpu_chooses_by_trial_on_a_few_heads(
     assert not cpu_trials[not may_round].choices()
     (key,) = autotuner.choices()
     assert key == "attention cpu bfloat16 128x128, head dim 16" + ", may round" * may_round
-    assert [attention.is_key_for(key, q.device, may_round=flag) for flag in (may_round, not may_round)] == [True, False]
+    assert [is_key_for(key, q.device, may_round=flag) for flag in (may_round, not may_round)] == [True, False]
 
 
 def test_float32_on_a_cpu_is_torchs_where_nothing_else_computes_it(cpu_trials: list[AttentionAutotuner]) -> None:

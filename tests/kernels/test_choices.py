@@ -13,7 +13,7 @@ import torch
 
 from kadr.errors import KadrWarning
 from kadr.kernels import attention, choices, fp8
-from kadr.kernels.attention import AttentionAutotuner
+from kadr.kernels.autotuner import AttentionAutotuner, is_key_for
 from kadr.media.clip import read_metadata
 from kadr.pipeline import calibrate
 from kadr.pipeline.engine import Engine
@@ -178,7 +178,7 @@ def test_calibrated_kernels_are_used_by_the_next_process(
     assert json.loads(path.read_text())["kernels"] == autotuner.choices()
     calibrated = load_calibration(engine.spec.dtype, engine.spec.device)
     assert calibrated is not None
-    assert attention.is_key_for(next(iter(calibrated.kernels)), CPU)
+    assert is_key_for(next(iter(calibrated.kernels)), CPU)
 
 
 def test_kernels_of_a_first_use_are_stored_and_used_by_the_next_process(

@@ -119,7 +119,7 @@ def test_the_compiler_traces_dispatch_without_a_graph_break() -> None:
 
 def test_importing_fused_does_not_import_triton() -> None:
     script = (
-        "import kadr.kernels.fused, kadr.kernels.attention, kadr.kernels.fp8, kadr.kernels.cuda_graphs, sys, torch;"
+        "import kadr.kernels.fused, kadr.kernels.attention, kadr.kernels.fp8, kadr.kernels.cuda.graphs, sys, torch;"
     )
     script += "assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(SOURCES)})

@@ -17,11 +17,17 @@ from ltx_video.utils.skip_layer_strategy import SkipLayerStrategy
 from torch import Tensor
 
 from kadr.errors import CheckpointError
-from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
+from kadr.models.transformer import (
+    CUDA_GRAPH_MAX_TOKENS,
+    TRANSFORMER_2B,
+    TRANSFORMER_13B,
+    Transformer,
+    TransformerConfig,
+)
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
-from tests.kernels.test_cuda_graphs import FakeBackend
+from tests.kernels.cuda.test_graphs import FakeBackend
 from tests.oracles import diffusers_transformer, official_transformer, randn, relative_error
 from tests.tiny_models import build_random
 
@@ -352,6 +358,33 @@ def test_cuda_graph_replay_equals_a_plain_run(tiny, mode, masked):
     assert backend.replays >= 2
     graphed.clear_cuda_graphs()
     assert not graphed._cuda_graphs._graphs
+
+
+def test_requests_with_prompts_of_other_lengths_share_a_cuda_graph(tiny):
+    """The first evaluations of a transformer make the graph; every later request replays it from its first step."""
+    inputs, backend, graphed = Inputs.random(TINY, text_length=100), FakeBackend(), deepcopy(tiny)
+    graphed.use_cuda_graphs(backend)
+    rope = tiny.compute_rope(inputs.positions)
+    num_tokens = inputs.tokens.shape[:2].numel()
+    for lengths in ((31, 64), (5, 3), (64, 12), (40, 40)):  # real tokens of the two samples
+        mask = torch.arange(100) < torch.tensor(lengths)[:, None]
+        text_kv = graphed.project_text(inputs.text, mask, num_tokens=num_tokens)
+        expected = tiny(inputs.tokens, rope, inputs.text, mask, inputs.sigma)
+        for _ in range(2):
+            velocity = graphed(inputs.tokens, rope, text_kv, None, inputs.sigma)
+            assert relative_error(velocity, expected) <= 1e-6
+    assert (backend.warm_ups, backend.captures, backend.replays) == (1, 1, 7)
+
+
+def test_a_text_is_padded_only_for_a_cuda_graph(tiny):
+    inputs, backend, graphed = Inputs.random(TINY, text_length=100), FakeBackend(), deepcopy(tiny)
+    num_tokens = inputs.tokens.shape[:2].numel()
+    graphed.use_cuda_graphs(backend)
+    mask = (torch.arange(100) < 65).expand(2, -1)
+    assert graphed.project_text(inputs.text, mask, num_tokens=num_tokens).text.shape[1] == 100  # all there is
+    assert graphed.project_text(inputs.text, mask, num_tokens=CUDA_GRAPH_MAX_TOKENS + 1).text.shape[1] == 65
+    assert graphed.project_text(inputs.text, mask).text.shape[1] == 65
+    assert tiny.project_text(inputs.text, mask, num_tokens=num_tokens).text.shape[1] == 65
 
 
 @pytest.mark.usefixtures("no_garbage_collection")

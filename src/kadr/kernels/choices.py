@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from kadr.kernels import attention, fp8
+from kadr.kernels.autotuner import AttentionAutotuner, is_key_for
 
 KernelChoices = Mapping[str, str]  # key of the inputs -> name of the kernel
 
@@ -36,7 +37,7 @@ def restore_choices(choices: KernelChoices, device: torch.device, *, override: b
     missing = []
     for autotuner in _autotuners(device):
         may_round = autotuner.may_round
-        mine = {key: name for key, name in choices.items() if attention.is_key_for(key, device, may_round=may_round)}
+        mine = {key: name for key, name in choices.items() if is_key_for(key, device, may_round=may_round)}
         missing += [f"{name} for {key}" for key, name in autotuner.restore(mine, override=override).items()]
     return missing
 
@@ -47,7 +48,7 @@ def forget_choices(device: torch.device) -> None:
         autotuner.forget()
 
 
-def _autotuners(device: torch.device) -> Iterator[attention.AttentionAutotuner]:
+def _autotuners(device: torch.device) -> Iterator[AttentionAutotuner]:
     if device.type == "cpu":
         yield from attention.autotuners_for(torch.device("cpu"))
     if device.type == "cuda":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -32,11 +32,6 @@ class TextKVCache:
             assert self.text is not None
             self._kv[attention] = attention.project_kv(self.text)
         return self._kv[attention]
-
-    def get_all(self, attentions: Sequence[Attention]) -> tuple[KeysValues, ...] | None:
-        """Returns the keys and values for several cross-attentions; None while some are not computed yet."""
-        cached = tuple(self._kv[attention] for attention in attentions if attention in self._kv)
-        return cached if len(cached) == len(attentions) else None
 
 
 class BlockInputs(NamedTuple):

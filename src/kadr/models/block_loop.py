@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kadr.cancellation import check_cancelled, current_token
-from kadr.kernels.run_ahead import limit_run_ahead
+from kadr.kernels.cuda.run_ahead import limit_run_ahead
 from kadr.models.block_inputs import BlockInputs
 from kadr.sampling.guidance import Perturbation
 from kadr.sampling.step_cache import ResidualCache

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
 from kadr.kernels import fused
-from kadr.kernels.cuda_graphs import GraphBackend, GraphedCallable
+from kadr.kernels.cuda.graphs import GraphBackend, GraphedCallable
 from kadr.models.block_inputs import BlockInputs, TextKVCache
 from kadr.models.block_loop import run_blocks, run_blocks_cached
 from kadr.nn.attention import PERTURB_TO_INPUT, PERTURB_TO_VALUES, Attention, KeysValues
@@ -64,6 +64,7 @@ _ROPE_AXES = ("seconds of rope_max_positions", "height of rope_max_positions", "
 PERTURBED_VALUES = {ATTENTION_VALUES: PERTURB_TO_VALUES, ATTENTION_SKIP: PERTURB_TO_INPUT}
 # Tokens of all samples. For more of them, computation on a GPU takes longer than kernel launches on the host.
 CUDA_GRAPH_MAX_TOKENS = 2048
+CUDA_GRAPH_TEXT_MULTIPLE = 64  # of the text's length: prompts of like lengths share the graphs
 PADDING_BIAS = -10000.0  # added to the cross-attention logits of padding; finite, as in the official package
 
 
@@ -250,10 +251,9 @@ class Transformer(nn.Module):
         self._cuda_graphs: GraphedCallable | None = None
 
     def use_cuda_graphs(self, graph_backend: GraphBackend | None = None) -> None:
-        """Replays the blocks as CUDA graphs for shapes that they ran before; see `kernels.cuda_graphs`.
+        """Replays the blocks as CUDA graphs for shapes that they ran before; see `kernels.cuda.graphs`.
 
-        Needs weights that are not moved, a text whose KV cache all blocks have filled, and at most
-        `CUDA_GRAPH_MAX_TOKENS` tokens.
+        Needs weights that are not moved, a `TextKVCache`, and at most `CUDA_GRAPH_MAX_TOKENS` tokens.
         """
         self._cuda_graphs = GraphedCallable(weak_method(self._run_blocks_of_tensors), backend=graph_backend)
 
@@ -282,22 +282,28 @@ class Transformer(nn.Module):
         config = self.config
         return rope_table(positions, config.width, max_positions=config.rope_max_positions, theta=config.rope_theta)
 
-    def project_text(self, text: Tensor, text_mask: Tensor | None) -> TextKVCache:
+    def runs_as_cuda_graph(self, num_tokens: int) -> bool:
+        """Returns whether an evaluation of so many tokens, of all samples, is to be a CUDA graph."""
+        return self._cuda_graphs is not None and num_tokens <= CUDA_GRAPH_MAX_TOKENS
+
+    def project_text(self, text: Tensor, text_mask: Tensor | None, *, num_tokens: int | None = None) -> TextKVCache:
         """Projects prompt embeddings for cross-attention. Reuse the result over the steps: it holds the KV cache.
 
-        Cuts the padding behind the longest text. Other padding gets a bias that sets its attention weights to 0, as in
-        the official package, so the velocity is the same. A sample that is all padding attends to all of it, there and
-        here.
+        Cuts the padding behind the longest text, but for what CUDA graphs share a length by. Other padding gets a bias
+        that sets its attention weights to 0, as in the official package, so the velocity is the same. A sample that is
+        all padding attends to all of it, there and here.
 
         Args:
             text: (B, L, T) prompt embeddings.
             text_mask: (B, L), true for tokens that are not padding; None if nothing is padded.
+            num_tokens: of all samples of an evaluation, if known.
         """
-        bias = None
+        bias, in_graph = None, num_tokens is not None and self.runs_as_cuda_graph(num_tokens)
         if text_mask is not None:
-            longest = unpadded_length(text_mask)
-            text, text_mask = text[:, :longest], text_mask[:, :longest].bool()
-        if text_mask is not None and not bool(text_mask.all()):
+            length = unpadded_length(text_mask, multiple_of=CUDA_GRAPH_TEXT_MULTIPLE if in_graph else 1)
+            text, text_mask = text[:, :length], text_mask[:, :length].bool()
+        # A graph has a bias or none: prompts share it where all have one, of zeros too.
+        if text_mask is not None and (in_graph or not bool(text_mask.all())):
             bias = ((~text_mask).to(text.dtype) * PADDING_BIAS)[:, None, None, :]
         return TextKVCache(self.caption_proj(text), bias)
 
@@ -377,11 +383,9 @@ class Transformer(nn.Module):
         self, hidden_states: list[Tensor], block_inputs: BlockInputs, perturbation: Perturbation | None = None
     ) -> tuple[Tensor, ...]:
         """Runs all blocks, as a CUDA graph if possible. hidden_states: [x (B, N, D)]; see `run_blocks`."""
-        text_kv, num_tokens = None, hidden_states[0].shape[0] * hidden_states[0].shape[1]
-        if self._cuda_graphs is not None and num_tokens <= CUDA_GRAPH_MAX_TOKENS:
-            text_kv = block_inputs.text_kv.get_all(self._cross_attentions)
-        if self._cuda_graphs is None or text_kv is None:
+        if self._cuda_graphs is None or not self.runs_as_cuda_graph(hidden_states[0].shape[:2].numel()):
             return run_blocks(self.blocks, hidden_states, block_inputs, perturbation)
+        text_kv = tuple(block_inputs.text_kv.get(attention) for attention in self._cross_attentions)
         outputs: tuple[Tensor, ...] = self._cuda_graphs(
             *hidden_states, block_inputs.adaln, block_inputs.rope, block_inputs.text_kv.bias, text_kv, perturbation
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kadr.cancellation import check_cancelled
-from kadr.kernels.run_ahead import limit_run_ahead
+from kadr.kernels.cuda.run_ahead import limit_run_ahead
 from kadr.nn.temporal_cache import TemporalCache, cat_frames
 
 KERNEL_SIZE = 3

@@ -166,12 +166,11 @@ class DenoiseStage:
         def evaluate(
             tokens: Tensor, sigma: Tensor, prompt_embeddings: PromptEmbeddings, perturbation: Perturbation | None = None
         ) -> tuple[Tensor, Tensor | None]:
-            key = id(prompt_embeddings)
-            if key not in text_caches:
-                text_caches[key] = transformer.project_text(*prompt_embeddings)
-            count = tokens.shape[1]
+            key, count = id(prompt_embeddings), tokens.shape[1]
             if reference_tokens is not None:
                 tokens, sigma = reference_tokens.append_to(tokens, sigma)
+            if key not in text_caches:
+                text_caches[key] = transformer.project_text(*prompt_embeddings, num_tokens=tokens.shape[:2].numel())
             arguments = (tokens.to(dtype), rope, text_caches[key], None, sigma)
             options: dict[str, Any] = {} if sigma_groups is None else {"sigma_groups": sigma_groups}
             if pass_cache is not None:

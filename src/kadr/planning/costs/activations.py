@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from math import prod
 
-from kadr.kernels.attention import CHECKED_HEADS, CHECKED_QUERIES, MIN_CPU_LOGITS
+from kadr.kernels.attention import MIN_CPU_LOGITS
+from kadr.kernels.autotuner import CHECKED_HEADS, CHECKED_QUERIES
 from kadr.kernels.cpu.attention import WEIGHT_BYTES
 from kadr.kernels.cpu.tokens import SLICE_ELEMENTS
 from kadr.models.t5 import T5Config

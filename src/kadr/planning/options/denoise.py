@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kadr.checkpoints.source import Source
 from kadr.memory.device import has_fast_int8
-from kadr.models.transformer import CUDA_GRAPH_MAX_TOKENS
+from kadr.models.transformer import CUDA_GRAPH_MAX_TOKENS, CUDA_GRAPH_TEXT_MULTIPLE
 from kadr.planning import backends
 from kadr.planning.calibration import calibration as speeds
 from kadr.planning.costs import activations
@@ -150,6 +150,11 @@ def _workspace_bytes(context: StageContext, pass_index: int, resolved_pass: Reso
     config, prompt_tokens = context.spec.transformer_config_of(pass_index), _prompt_tokens(context, resolved_pass)
     rope_peak, rope_table = activations.rope_bytes(config, tokens)
     batch = 2 if context.workload.guidance_batch and resolved_pass.uses_cfg else 1
+    in_graph = not context.on_cpu and batch * tokens <= CUDA_GRAPH_MAX_TOKENS
+    if in_graph:  # the text is padded, so that prompts share graphs
+        prompt_tokens = tuple(
+            -(-count // CUDA_GRAPH_TEXT_MULTIPLE) * CUDA_GRAPH_TEXT_MULTIPLE for count in prompt_tokens
+        )
     longest = max(prompt_tokens)
     evaluation = activations.transformer_activation_bytes(
         config,
@@ -183,7 +188,7 @@ def _workspace_bytes(context: StageContext, pass_index: int, resolved_pass: Reso
     text_kv = activations.text_kv_bytes(
         config, context.itemsize, text_tokens=len(prompt_tokens) * longest if batch == 2 else sum(prompt_tokens)
     )
-    if not context.on_cpu and batch * tokens <= CUDA_GRAPH_MAX_TOKENS:
+    if in_graph:
         evaluation, text_kv = 2 * evaluation, 2 * text_kv  # a CUDA graph has its own memory and inputs
     return max(rope_peak, rope_table + evaluation) + text_kv + states
 

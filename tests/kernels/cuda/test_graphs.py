@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning
 from kadr.kernels import mode
-from kadr.kernels.cuda_graphs import CudaGraphBackend, GraphedCallable, tensors_in
+from kadr.kernels.cuda.graphs import CudaGraphBackend, GraphedCallable, tensors_in
 
 
 class FakeBackend:

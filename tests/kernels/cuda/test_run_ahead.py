@@ -10,7 +10,7 @@ import torch
 
 from kadr.cancellation import cancellable
 from kadr.errors import Cancelled
-from kadr.kernels.run_ahead import MAX_LAYERS_AHEAD, MIN_LIMITED_NUMEL, limit_run_ahead
+from kadr.kernels.cuda.run_ahead import MAX_LAYERS_AHEAD, MIN_LIMITED_NUMEL, limit_run_ahead
 
 
 class FakeEvent:

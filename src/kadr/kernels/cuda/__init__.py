@@ -1,0 +1,1 @@
+"""For CUDA devices only: graphs, implementations of attention, the queue of kernels."""
