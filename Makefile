@@ -44,7 +44,7 @@ help:  ## list the targets
 
 # The official package pins old versions of what it uses; without dependencies it works with today's. rtmlib asks for two
 # more builds of OpenCV, which would lie over the one that is there.
-.venv/.test: .venv/.core .venv/.node .venv/.browser .venv/.compiler
+.venv/.test: .venv/.core .venv/.node .venv/.browser .venv/.compiler .venv/.ffmpeg
 	$(PIP) --no-build-isolation -e '.[test]'
 	$(PIP) --no-deps ltx-video rtmlib
 	touch $@
@@ -54,6 +54,13 @@ help:  ## list the targets
 	command -v chromium > /dev/null \
 	    || { (apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium) > .venv/browser.log 2>&1; } \
 	    || echo "Chromium could not be installed (.venv/browser.log), so the page is not tested: apt-get install chromium" >&2
+	touch $@
+
+# ffprobe and ffmpeg read the files that kadr writes. Where they cannot be installed, those tests are skipped, and say so.
+.venv/.ffmpeg: .venv/.made
+	command -v ffprobe > /dev/null \
+	    || { (apt-get update -qq; apt-get install -y -qq --no-install-recommends ffmpeg) > .venv/ffmpeg.log 2>&1; } \
+	    || echo "ffmpeg could not be installed (.venv/ffmpeg.log), so it reads no file: apt-get install ffmpeg" >&2
 	touch $@
 
 # tests/fake_cuda compiles an emulated GPU. Where no compiler can be installed, those tests are skipped, and say so.

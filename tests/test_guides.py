@@ -106,6 +106,10 @@ REFUSALS: Mapping[str, Mapping[str, Refusal]] = {
         "generate 'a fox runs through snow' --model ltxv-13b-0.9.8-distilled --lora cakeify.safetensors 0.8 "
         "--lora slow-camera.safetensors": Refusal(LARGE),
     },
+    "docs/guides/outputs.md": {
+        "generate 'a fox runs' --model ltxv-13b-0.9.8-dev --input-video fox.mp4 --denoise-strength 0.7 --fps 30 "
+        "--keep-audio": Refusal(LARGE),
+    },
     "docs/guides/train-lora.md": {
         "train-lora clips --model ltxv-2b-0.9.8-distilled --output sketch.safetensors --size 704x480 --frames 49 "
         "--quant int8 --validation-prompt 'a cat sleeps on a sofa, in the style of SKETCH'": Refusal(
@@ -188,6 +192,11 @@ def prepare_model_folders(folder: Path) -> None:
     shutil.copy(DEMO_FOLDER / "demo-lora-teal.safetensors", models / "loras" / "style.safetensors")
 
 
+def prepare_outputs(folder: Path) -> None:
+    """Makes the clip whose sound is kept."""
+    write_clip(folder / "fox.mp4", 97)
+
+
 def prepare_train_lora(folder: Path) -> None:
     """Makes a folder of clips with captions."""
     (folder / "clips").mkdir()
@@ -203,6 +212,7 @@ PREPARATIONS: Mapping[str, Callable[[Path], None]] = {
     "docs/guides/long-video.md": prepare_long_video,
     "docs/guides/lora.md": prepare_lora,
     "docs/guides/model-folders.md": prepare_model_folders,
+    "docs/guides/outputs.md": prepare_outputs,
     "docs/guides/train-lora.md": prepare_train_lora,
 }
 

@@ -13,6 +13,7 @@ import pytest
 
 from kadr import Request, Windows
 from kadr.errors import MediaError, RequestError
+from kadr.media.encoders.formats import Encoding
 from kadr.media.prepare import prepare_image
 from kadr.media.writer import VideoWriter
 from kadr.request.inputs import Condition, Control
@@ -84,7 +85,7 @@ def test_a_huge_integer_is_refused_like_any_other_number(name: str) -> None:
 @pytest.mark.parametrize("value", [True, NAN, 1.5, "1"], ids=repr)
 def test_a_crf_is_a_whole_number(value: Any, tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=f"crf is {value}.*51"):
-        VideoWriter(tmp_path / "out.mp4", Size(32, 32), 24, crf=value)
+        VideoWriter(tmp_path / "out.mp4", Size(32, 32), 24, encoding=Encoding(crf=value))
     with pytest.raises(MediaError, match=f"crf is {value}.*51"):
         prepare_image(np.zeros((8, 8, 3), np.uint8), Size(32, 32), value)
 

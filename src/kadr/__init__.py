@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RequestError,
     )
     from kadr.media.clip import read_metadata
+    from kadr.media.encoders.formats import Encoding
     from kadr.models.registry import Recipe
     from kadr.pipeline.display.progress_bar import ProgressBar
     from kadr.pipeline.dry_run import DryRun
@@ -57,6 +58,7 @@ _HOMES = {
     "Condition": "kadr.request.inputs",
     "Control": "kadr.request.inputs",
     "DryRun": "kadr.pipeline.dry_run",
+    "Encoding": "kadr.media.encoders.formats",
     "Engine": "kadr.pipeline.engine",
     "EnhanceError": "kadr.errors",
     "Enhancer": "kadr.text.enhance",
@@ -93,6 +95,7 @@ __all__ = [
     "Condition",
     "Control",
     "DryRun",
+    "Encoding",
     "Engine",
     "EnhanceError",
     "Enhancer",

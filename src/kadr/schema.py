@@ -118,9 +118,14 @@ def _remember_no_components(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _keep_absolute_paths(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Video metadata 1 -> 2: paths beside the video may be relative to it; an older file has absolute ones."""
+    return metadata
+
+
 # A request that a user writes has no number either: an upgrade must leave fields of later numbers as they are.
 REQUEST = Schema("request", RequestError, upgrades=(_name_samplers,))
-VIDEO_METADATA = Schema("video metadata", MediaError)
+VIDEO_METADATA = Schema("video metadata", MediaError, upgrades=(_keep_absolute_paths,))
 LATENTS = Schema("latents", CheckpointError)
 WINDOW_FOLDER = Schema("window folder", CheckpointError, upgrades=(_put_video_under_own_key,))
 BATCH_ROW = Schema("row of a batch", CheckpointError)

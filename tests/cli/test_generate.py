@@ -286,7 +286,7 @@ def test_bad_usage_ends_with_2_and_is_explained(kadr: Run, engine: FakeEngine, a
     ["x --frames 0", "x --guidance 0.5", "x --seconds -1", "x --seconds nan", "x --output no/such/folder/v.mp4"]
     + ["x --denoise-strength 0.5", "x --stg-mode residual", "x --skip-blocks -1", "x --apg 7", "x --tone-map 2"]
     + ["x --second-sigmas .9 --second-skip-initial 1", "x --guidance 0.5,1 --guidance-sigmas 1,0"]
-    + ["x --output v.gif", "x --size 63x63", "x --save-latents l.pt", "x --save-latents no/such/l.safetensors"],
+    + ["x --output v.avi", "x --size 63x63", "x --save-latents l.pt", "x --save-latents no/such/l.safetensors"],
 )
 def test_refused_request_ends_with_1_and_leaves_no_file(kadr: Run, engine: FakeEngine, args: str) -> None:
     result = kadr("generate", *args.split())

@@ -153,7 +153,7 @@ def test_name_taken_meanwhile_fails_its_video_alone(kadr: Run, engine: FakeEngin
 @pytest.mark.parametrize(
     "args",
     [
-        "--output v.gif",
+        "--output v.avi",
         "--output no/such/folder/v.mp4",
         "--output v",
         f"--output {'x' * 250}.mp4",  # the number makes it too long

@@ -26,16 +26,17 @@ _REST = """--image --video --control --input-video --denoise-strength --image-no
 _WINDOWS = "--window --overlap --overlap-strength --adain --anchor-strength"
 VERBS = {
     "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --variations --prompt-file
-        --enhance --enhance-model --enhance-required --enhance-timeout {_WINDOWS} --output --resume --preview --json
-        --dry-run --save-latents {_MODEL} {_REST}""",
+        --enhance --enhance-model --enhance-required --enhance-timeout {_WINDOWS} --output
+        --codec --crf --keep-audio --no-metadata --resume --preview --json --dry-run --save-latents {_MODEL} {_REST}""",
     "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json --calibrate
         {_MODEL} {_REST}""",
     "doctor": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --variations --prompt-file
-        --enhance --enhance-model --enhance-required --enhance-timeout {_WINDOWS} --output --resume --preview --json
-        --dry-run --save-latents {_MODEL} {_REST}""",
+        --enhance --enhance-model --enhance-required --enhance-timeout {_WINDOWS} --output
+        --codec --crf --keep-audio --no-metadata --resume --preview --json --dry-run --save-latents {_MODEL} {_REST}""",
     "batch": f"""FILE --out --retry-failed --dry-run --json --size --frames --seconds --fps --seed --negative-prompt
         {_WINDOWS} {_MODEL} {_REST}""",
-    "rerun": "FILE --output --seed --model --release --device --resume --preview --json",
+    "rerun": """FILE --output --seed --model --release --device --resume --codec --crf --keep-audio --no-metadata
+        --preview --json""",
     "inspect": "NAME|PATH --release --models-dir --json",
     "train-lora": """DIR --model --release --output --size --frames --rank --target-modules --steps --batch-size
         --learning-rate --sigma-sampling --first-frame-conditioning-p --caption-dropout-p --references

@@ -38,6 +38,7 @@ from kadr.cli.terminal.errors import (
 from kadr.cli.terminal.signals import handle_signals
 from kadr.errors import KadrError
 from kadr.kernels.cpu.malloc import tune_malloc
+from kadr.media.pyav import quiet_encoders
 from kadr.memory.allocator import use_expandable_segments
 from kadr.quoting import one_line
 from kadr.version import __version__
@@ -119,6 +120,7 @@ def run(args: Sequence[str] | None = None) -> None:
     """Runs the command line and ends the process with its exit code."""
     open_closed_streams()
     tune_malloc()
+    quiet_encoders()
     use_expandable_segments()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a prompt may have letters that the terminal's encoding lacks

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from kadr.cli.reservation import Reservation, release_at_end, reserve_file
 from kadr.errors import MediaError, RequestError
+from kadr.media.encoders.formats import DEFAULT_ENCODING, Encoding, frame_path, is_pattern
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.windows import WINDOWS_SUFFIX, window_folder_path
 from kadr.shapes import Size
 from kadr.validation import check_path
 
 DEFAULT_OUTPUT = "out.mp4"
+ANY_SIZE = Size(256, 256)  # that every format can hold
 
 
 @contextmanager
@@ -27,6 +29,7 @@ def reserve_output(
     beside: Path | None = None,
     latents_path: Path | None = None,
     resume: bool = False,
+    encoding: Encoding = DEFAULT_ENCODING,
 ) -> Iterator[Path]:
     """Chooses the path of the video, and reserves it and that of the latents while the block runs.
 
@@ -34,6 +37,7 @@ def reserve_output(
 
     Args:
         requested_path: a file, or a folder for a new file; None for a new file.
+        encoding: as for `Engine.write`.
         beside: gives a new file its folder and name, such as clip-2.mp4 for clip.mp4; by default out.mp4.
         resume: resume an interrupted long video.
 
@@ -45,7 +49,7 @@ def reserve_output(
     with ExitStack() as reservations:
         if requested_path is not None and not requested_path.is_dir():
             path = requested_path
-            _refuse_unwritable(request, path, latents_path)
+            _refuse_unwritable(request, path, latents_path, encoding)
             reservations.enter_context(reserve_file(path, flag="--output"))
         else:
             first_path = (beside or Path(DEFAULT_OUTPUT)) if requested_path is None else requested_path / DEFAULT_OUTPUT
@@ -53,7 +57,7 @@ def reserve_output(
             reservation = _reserve_new(first_path) if unfinished is None else unfinished
             reservations.enter_context(release_at_end(reservation))
             path = reservation.path
-            _refuse_unwritable(request, path, latents_path)
+            _refuse_unwritable(request, path, latents_path, encoding)
         if latents_path is not None:
             reservations.enter_context(reserve_file(latents_path, flag="--save-latents"))
         yield path
@@ -74,7 +78,8 @@ def _reserve_new(path: Path) -> Reservation:
 
 def is_free(path: Path) -> bool:
     """Returns whether no video of that name exists, finished or not."""
-    return not path.exists() and not _has_windows(window_folder_path(path))
+    file = frame_path(path, 1) if is_pattern(path) else path
+    return not file.exists() and not _has_windows(window_folder_path(path))
 
 
 def _has_windows(folder: Path) -> bool:
@@ -102,7 +107,7 @@ def _unfinished_video(path: Path) -> Reservation | None:
     return acquired[0] if acquired else None
 
 
-def _refuse_unwritable(request: Request, output: Path, latents_path: Path | None) -> None:
+def _refuse_unwritable(request: Request, output: Path, latents_path: Path | None, encoding: Encoding) -> None:
     """Refuses output files that cannot be written, before anything is loaded or fetched.
 
     Raises:
@@ -110,24 +115,25 @@ def _refuse_unwritable(request: Request, output: Path, latents_path: Path | None
         RequestError: the video would replace a clip it is made from.
     """
     refuse_overwriting(request, output)
-    refuse_unwritable_video(request, output)
+    refuse_unwritable_video(request, output, encoding)
     if latents_path is not None:
         refuse_unwritable_latents(latents_path)
 
 
-def refuse_unwritable_video(request: Request, output: Path) -> None:
-    """Refuses an .mp4 that cannot be written.
+def refuse_unwritable_video(request: Request, output: Path, encoding: Encoding) -> None:
+    """Refuses a file that cannot be written.
 
     Raises:
         MediaError: it cannot be written there.
         RequestError: the name is too long for the folder of its windows.
     """
-    from kadr.media.writer import VideoWriter
+    from kadr.media.writer import VideoWriter  # loads numpy
 
     if request.windows is not None:
         check_path("the folder of finished windows", window_folder_path(output))
-    size = request.size if isinstance(request.size, Size) else Size(2, 2)
-    VideoWriter(output, size, request.fps or 24)  # refuses a file that it could not write
+    size = request.size if isinstance(request.size, Size) else ANY_SIZE
+    # Refuses a file that it could not write.
+    VideoWriter(output, size, request.fps or 24, encoding=encoding, frames=request.frames)
 
 
 def refuse_unwritable_latents(latents_path: Path) -> None:

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kadr.cli.stdout_video import copy_to_stdout
 from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.output import print_path
 from kadr.cli.terminal.preview import TerminalPreview
 from kadr.cli.terminal.progress import show_progress
 from kadr.errors import RequestError
+from kadr.media.encoders.formats import DEFAULT_ENCODING, Encoding
 from kadr.pipeline.display.progress_lines import format_duration
 from kadr.request.request import Request
 from kadr.request.windows import window_folder_path
@@ -50,6 +52,8 @@ def write_video(
     kernels: Any = None,
     position: tuple[int, int] | None = None,
     preview: TerminalPreview | None = None,
+    encoding: Encoding = DEFAULT_ENCODING,
+    to_stdout: bool = False,
 ) -> None:
     """Makes the video and prints its path, or a JSON summary, on stdout.
 
@@ -57,11 +61,14 @@ def write_video(
         resume, kernels: as for `Engine.write`.
         position: of several videos, (number of this one, number of videos).
         preview: shows the preview of each step.
+        encoding: as for `Engine.write`.
+        to_stdout: write the video itself to stdout, instead of its path.
     """
     flags = "--resume"  # that resume it
     if position is not None:
         flags = f"its prompt, --seed {request.seed} --output {output} --resume"
     more: dict[str, Any] = ({"kernels": kernels} if kernels else {}) | ({} if preview is None else {"preview": True})
+    more |= {} if encoding == DEFAULT_ENCODING else {"encoding": encoding}
     with _report_finished_windows(output, flags), show_progress(position, preview) as watch:
         video_file = engine.write(request, output, watch=watch, on_plan=print_plan, resume=resume, **more)
     report = summary(engine, video_file)
@@ -71,7 +78,9 @@ def write_video(
     duration = format_duration(video_file.seconds)
     print_stderr(f"{frames} of {video_file.size} at {video_file.fps:g} per second, made in {duration}")
     outcome = f"the video is written to {video_file.path}, but its path could not be printed:"
-    if as_json:
+    if to_stdout:
+        copy_to_stdout(video_file.path)
+    elif as_json:
         print_stdout(json.dumps(report), outcome=outcome)
     else:
         print_path(video_file.path, outcome=outcome)

@@ -11,9 +11,10 @@ import typer
 
 from kadr.cli import enhance, run
 from kadr.cli.flags import options
-from kadr.cli.flags.request import build_request
+from kadr.cli.flags.request import build_request, encoding_of
 from kadr.cli.prompts import STDIN, check_prompt_source, read_prompt_lines
 from kadr.cli.series_output import ReserveOutput
+from kadr.cli.stdout_video import STDOUT
 from kadr.cli.terminal.errors import (
     MAX_ERROR_LINE,
     explain_error,
@@ -93,6 +94,7 @@ class SeriesWriter:
         self.engine, self.series, self.reserve, self.enhancer = engine, series, reserve, enhancer
         self.flags, self.is_encoded_ahead = flags.output, enhancer is None and not flags.model.no_prompt_cache
         self.preview = open_preview() if flags.output.preview else None
+        self.encoding = encoding_of(flags.output)
         self._num_finished = 0
         self._enhanced: dict[str, Request] = {}  # by prompt
 
@@ -127,6 +129,8 @@ class SeriesWriter:
                 resume=self.flags.resume,
                 position=position,
                 preview=self.preview,
+                encoding=self.encoding,
+                to_stdout=self.flags.output == STDOUT,
             )
         self._num_finished += 1
 

@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kadr.cli.flags import options
+from kadr.cli.flags.request import encoding_of
 from kadr.cli.output_path import is_free, refuse_unwritable_latents, refuse_unwritable_video, reserve_output
 from kadr.cli.reservation import reserve_file
+from kadr.cli.stdout_video import STDOUT, check_stdout, hidden_video
 from kadr.errors import RequestError
 from kadr.request.series import RequestSeries
 from kadr.request.windows import WINDOWS_SUFFIX
@@ -37,12 +39,19 @@ def reserve_outputs(series: RequestSeries, flags: options.OutputFlags) -> Iterat
     Raises:
         As `reserve_output`, and RequestError: a numbered file exists.
     """
+    if flags.output == STDOUT:
+        check_stdout(number_of_videos=len(series), resume=flags.resume, as_json=flags.json)
     if len(series) > 1:
         with _reserve_numbered(series, flags) as reserve:
             yield reserve
         return
     latents = flags.save_latents
-    with reserve_output(series.template, flags.output, latents_path=latents, resume=flags.resume) as video:
+    keywords: dict[str, Any] = {"latents_path": latents, "resume": flags.resume, "encoding": encoding_of(flags)}
+    if flags.output == STDOUT:
+        with hidden_video() as hidden, reserve_output(series.template, hidden, **keywords) as video:
+            yield lambda number: nullcontext(OutputPaths(video, latents))
+        return
+    with reserve_output(series.template, flags.output, **keywords) as video:
         yield lambda number: nullcontext(OutputPaths(video, latents))
 
 
@@ -56,7 +65,7 @@ def _reserve_numbered(series: RequestSeries, flags: options.OutputFlags) -> Iter
             with reserve_output(template, output):
                 pass  # the folder can be written
         else:
-            refuse_unwritable_video(template, named_videos.path)
+            refuse_unwritable_video(template, named_videos.path, encoding_of(flags))
             base_names.enter_context(named_videos.reserve_all())
         if named_latents is not None:
             refuse_unwritable_latents(named_latents.path)

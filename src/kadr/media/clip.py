@@ -21,9 +21,12 @@ import numpy as np
 from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
 from kadr.json_reader import parse_json
+from kadr.media.encoders.container import swscale_flags
+from kadr.media.encoders.paths import with_absolute_paths
+from kadr.media.encoders.tags import TAGGED_SUFFIXES, read_comment
 from kadr.media.known_headers import find_known_header
 from kadr.media.pyav import check_pyav
-from kadr.media.writer import COMMENT_KEY, swscale_flags
+from kadr.media.writer import COMMENT_KEY
 from kadr.regular_file import require_regular
 
 if TYPE_CHECKING:
@@ -276,20 +279,25 @@ def probe_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the metadata that kadr stored in a video, of any schema number. No frame is decoded.
+    """Returns the metadata that kadr stored in a video or an image, of any schema number. No frame is decoded.
 
     `kadr.schema.upgrade_video_metadata` upgrades it.
 
     Raises:
         MediaError: the file is missing, not a video, or contains no request of kadr.
     """
-    with _open_video(path) as container:
-        request = _find_request(container.metadata)
+    if Path(path).suffix.lower() in TAGGED_SUFFIXES:
+        require_regular(path)
+        request = _find_request({"comment": read_comment(Path(path)) or ""})
+    else:
+        with _open_video(path) as container:
+            request = _find_request(container.metadata)
     if request is None:
         raise MediaError(
-            f"{path} contains no request of kadr: another program made it, or re-encoded it without the comment tag."
+            f"{path} contains no request of kadr: it was made with --no-metadata or by another program, or "
+            "re-encoded without the comment tag."
         )
-    return request
+    return with_absolute_paths(request, Path(path))
 
 
 def _frame_rate(path: str | os.PathLike[str], container: InputContainer) -> Fraction:
@@ -340,7 +348,7 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 def _find_request(tags: Mapping[str, str]) -> dict[str, Any] | None:
     try:
-        request = parse_json(tags.get("comment", ""))[COMMENT_KEY]
+        request = parse_json(tags.get("comment") or tags.get("COMMENT", ""))[COMMENT_KEY]  # the latter in Matroska
     except (ValueError, TypeError, LookupError):
         return None
     return request if isinstance(request, dict) else None

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from kadr.errors import MediaError
+from kadr.media.encoders.formats import CODECS
 from kadr.media.image import ImageInput, Notify, crop_box, display_name, load_image
 from kadr.media.pyav import check_pyav
-from kadr.media.writer import MAX_CRF
 from kadr.shapes import Size
 from kadr.validation import is_whole_number
 
@@ -188,5 +188,6 @@ def _encode_h264(pixels: np.ndarray, crf: int) -> io.BytesIO:
 
 
 def _check_crf(crf: int) -> None:
-    if not is_whole_number(crf) or not 0 <= crf <= MAX_CRF:
-        raise MediaError(f"crf is {crf}; it must lie between 1 (best) and {MAX_CRF}, or be 0 for no compression.")
+    max_crf = CODECS["h264"].max_crf
+    if not is_whole_number(crf) or not 0 <= crf <= max_crf:
+        raise MediaError(f"crf is {crf}; it must lie between 1 (best) and {max_crf}, or be 0 for no compression.")

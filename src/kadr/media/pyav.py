@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 from kadr.errors import MediaError
 
@@ -16,3 +17,8 @@ def check_pyav() -> None:
             f"videos are read and written by PyAV, which cannot be imported ({error}): pip install av. "
             "`Engine.generate` returns frames without it."
         ) from error
+
+
+def quiet_encoders() -> None:
+    """Keeps the encoder of AV1 from describing itself on stderr; it reads this once, for the whole process."""
+    os.environ.setdefault("SVT_LOG", "1")  # errors alone

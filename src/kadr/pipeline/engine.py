@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kadr.cancellation import CancelToken
+from kadr.media.encoders.formats import DEFAULT_ENCODING, Encoding
 from kadr.models.registry import Recipe
 from kadr.pipeline.calibrate import calibrate_machine
 from kadr.pipeline.dry_run import DryRun, run_dry
@@ -219,8 +220,9 @@ class Engine(StageAccess):
         preview: bool = False,
         cancel: CancelToken | None = None,
         wait: bool = True,
+        encoding: Encoding = DEFAULT_ENCODING,
     ) -> VideoFile:
-        """Generates one video into an mp4, and writes frames as they are decoded.
+        """Generates one video into a file, and writes frames as they are decoded.
 
         Memory does not grow with the length, except for the latents: half a megabyte per second of video at 704x480.
         The file is written beside `path` and renamed when complete. Until then, finished windows of a long video are
@@ -235,6 +237,8 @@ class Engine(StageAccess):
             resume: continue from the windows that an interrupted generation of the same request has stored.
             transformer: used instead of the model's own.
             stores_paths: store where the model and the media lie, for `kadr rerun`; False stores only their names.
+            encoding: codec and quality, sound and metadata. The ending of `path` decides on the format: .mp4, .webm,
+                .gif, .webp, and .png or .jpg for one frame or, as frame-%04d.png, for numbered frames.
             kernels: "kernels" of another video's metadata: they are used again, for the same frames.
 
         Raises:
@@ -253,4 +257,4 @@ class Engine(StageAccess):
             restore_kernels(generation, kernels)
             metadata = video_metadata(self.spec, generation.resolved, transformer)
             metadata = metadata if stores_paths else without_folders(metadata)
-            return write_video(generation, Path(path), metadata, resume=resume)
+            return write_video(generation, Path(path), metadata, encoding, resume=resume)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from kadr.media.encoders.formats import Encoding
 from kadr.media.writer import VideoWriter
 from kadr.notebook.kernel import notebook_display
 from kadr.pipeline.display.player import find_opener, play
@@ -46,13 +47,27 @@ class Video:
     def size(self) -> Size:
         return Size(self.frames.shape[2], self.frames.shape[1])
 
-    def save(self, path: str | Path) -> Path:
-        """Writes an mp4 (H.264, yuv420p), beside `path` first, and renames it when complete.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        codec: str | None = None,
+        crf: int | None = None,
+        with_metadata: bool = True,
+    ) -> Path:
+        """Writes a file, beside `path` first, and renames it when complete.
+
+        Args:
+            path: its ending decides on the format: .mp4, .webm, .gif, .webp, and .png or .jpg for one frame or, as
+                frame-%04d.png, for numbered frames.
+            codec, crf, with_metadata: see `Encoding`.
 
         Raises:
-            MediaError: the folder does not exist, the disk is full, or a side is an odd number of pixels.
+            MediaError: the format cannot hold what is asked for, the folder does not exist, the disk is full, or a side
+                is an odd number of pixels.
         """
-        with VideoWriter(path, self.size, self.fps, metadata=self.metadata) as writer:
+        encoding, count = Encoding(codec, crf, with_metadata=with_metadata), len(self.frames)
+        with VideoWriter(path, self.size, self.fps, encoding=encoding, metadata=self.metadata, frames=count) as writer:
             writer.write(self.frames)
         return Path(path)
 

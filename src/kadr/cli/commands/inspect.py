@@ -16,10 +16,11 @@ from kadr.cli.terminal.output import print_lines
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
+from kadr.media.encoders.formats import FORMATS_BY_SUFFIX
 from kadr.schema import VIDEO_METADATA, upgrade_video_metadata
 from kadr.validation import expand_home
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
+VIDEO_SUFFIXES = {".mov", ".m4v", ".mkv", ".avi", *FORMATS_BY_SUFFIX}
 TEXT_ENCODER = "text encoder"
 MAX_UNEXPECTED_KEYS = 20  # unexpected keys of a LoRA that are listed; --json has all
 REMEDIES = {
@@ -31,7 +32,7 @@ Target = Annotated[
     str,
     typer.Argument(
         metavar="NAME|PATH",
-        help="A .safetensors, a .gguf, a folder, or an .mp4 that kadr made; or a name of `kadr models`.",
+        help="A .safetensors, a .gguf, a folder, or a video that kadr made; or a name of `kadr models`.",
         show_default=False,
     ),
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +13,11 @@ import typer
 from kadr.cli import run
 from kadr.cli.flags import options
 from kadr.cli.output_path import reserve_output
+from kadr.cli.stdout_video import STDOUT, check_stdout, hidden_video
 from kadr.cli.terminal.errors import print_stderr
 from kadr.cli.terminal.preview import open_preview
 from kadr.errors import CheckpointError, MediaError
+from kadr.media.encoders.formats import FORMATS_BY_SUFFIX, Encoding
 from kadr.quoting import quote, show
 from kadr.request.request import Request, refuse_missing_media
 from kadr.schema import upgrade_video_metadata
@@ -30,7 +33,7 @@ RERUN_EPILOG = (
     "On the same machine and device the frames are the same; other machines, devices and versions may round "
     "differently."
 )
-File = Annotated[Path, typer.Argument(metavar="FILE", help="An .mp4 that kadr made.", show_default=False)]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A video or image that kadr made.", show_default=False)]
 
 
 def rerun(
@@ -41,17 +44,22 @@ def rerun(
     release: options.Release = None,
     device: options.RerunDevice = None,
     resume: options.Resume = False,
+    codec: options.Codec = None,
+    crf: options.Crf = None,
+    keep_audio: options.KeepAudio = False,
+    no_metadata: options.NoMetadata = False,
     preview: options.Preview = False,
     json: options.Json = False,
 ) -> None:
     """Make a video again from its file.
 
-    An .mp4 that kadr made stores its request. Prints the path of the new video.
+    A file that kadr made stores its request. Prints the path of the new video.
     """
     record = read_video_metadata(file)
     request = _parse_request(record, seed)
     refuse_missing_media(request)
-    with reserve_output(request, output, beside=file, resume=resume) as reserved_path:
+    encoding = Encoding(codec, crf, keep_audio, not no_metadata)
+    with _reserve(request, file, output, encoding, resume=resume, as_json=json) as reserved_path:
         engine = reopen_engine(record, model, device, release=release)
         run.write_video(
             engine,
@@ -61,7 +69,24 @@ def rerun(
             resume=resume,
             kernels=record.get("kernels"),
             preview=open_preview() if preview else None,
+            encoding=encoding,
+            to_stdout=output == STDOUT,
         )
+
+
+@contextmanager
+def _reserve(
+    request: Request, file: Path, output: Path | None, encoding: Encoding, *, resume: bool, as_json: bool
+) -> Iterator[Path]:
+    """Reserves the path of the new video; see `reserve_output`. Numbered images are made again as an .mp4."""
+    with ExitStack() as stack:
+        if output == STDOUT:
+            check_stdout(resume=resume, as_json=as_json)
+            output = stack.enter_context(hidden_video())
+        form = FORMATS_BY_SUFFIX.get(file.suffix.lower())
+        is_frame = form is not None and form.is_image and request.frames != 1
+        beside = file.with_suffix(".mp4") if is_frame or form is None else file
+        yield stack.enter_context(reserve_output(request, output, beside=beside, resume=resume, encoding=encoding))
 
 
 def _parse_request(record: Mapping[str, Any], seed: int | None) -> Request:

@@ -37,8 +37,15 @@ RerunDevice = Annotated[
 ]
 RerunSeed = Annotated[int | None, flag("--seed", "N", "Seed to use instead of the one in FILE.")]
 RerunOutput = Annotated[
-    Path | None, flag("--output", "PATH", "The .mp4 to write or replace. [default: a new name beside FILE]")
+    Path | None,
+    flag("--output", "PATH", "The file to write or replace, or - for stdout. [default: a new name beside FILE]"),
 ]
+Codec = Annotated[str | None, flag("--codec", "h264|hevc|av1|vp9", "Codec of an .mp4 (h264) or a .webm (vp9).")]
+Crf = Annotated[
+    int | None, flag("--crf", "N", "Quality of an .mp4 or .webm: 0 is the best, more is smaller. [default: 18, h264]")
+]
+KeepAudio = Annotated[bool, flag("--keep-audio", None, "Keep the sound of --input-video, or of the one --video.")]
+NoMetadata = Annotated[bool, flag("--no-metadata", None, "Do not store the request in the file; it cannot be rerun.")]
 ModelsDir = Annotated[
     list[str] | None,
     flag("--models-dir", "DIR", "Also look names up in this folder, arranged as ComfyUI's models; may be repeated."),
@@ -128,10 +135,15 @@ class OutputFlags:
         flag(
             "--output",
             "PATH",
-            "The .mp4 to write or replace; several videos are new files, clip-1.mp4, clip-2.mp4, ... for clip.mp4. "
+            "The file to write or replace: .mp4, .webm, .gif, .webp, .png or .jpg (numbered: frame-%04d.png), or - for "
+            "stdout; several videos are new files, clip-1.mp4, clip-2.mp4, ... for clip.mp4. "
             "[default: out.mp4, out-2.mp4, ...]",
         ),
     ] = None
+    codec: Codec = None
+    crf: Crf = None
+    keep_audio: KeepAudio = False
+    no_metadata: NoMetadata = False
     resume: Resume = False
     preview: Preview = False
     json: Annotated[bool, flag("--json", None, "Print one JSON object instead, on a line for each video.")] = False

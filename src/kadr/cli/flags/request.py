@@ -9,6 +9,7 @@ import typer
 
 from kadr.cli.flags import options, parse
 from kadr.cli.flags.official import SEPARATOR
+from kadr.media.encoders.formats import Encoding
 from kadr.quant.weight_formats import NONE, WEIGHT_FORMATS
 from kadr.request.request import Request
 from kadr.request.windows import PROMPT_SEPARATOR, Windows
@@ -51,6 +52,15 @@ def check_choices(flags: options.GenerateFlags | options.PlanFlags | options.Bat
     for device in devices or ["auto"]:
         check_execution(device, flags.model.dtype, flags.model.quant, flags.model.offload)
     parse.check_one_of("--cache", flags.denoising.cache, (NONE, *CACHE_KINDS))
+
+
+def encoding_of(flags: options.OutputFlags) -> Encoding:
+    """Returns how the frames become a file.
+
+    Raises:
+        MediaError: no such codec.
+    """
+    return Encoding(flags.codec, flags.crf, flags.keep_audio, not flags.no_metadata)
 
 
 def check_execution(device: str, dtype: str, quant: str, offload: str) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from kadr.errors import MediaError
 from kadr.media.clip import read_video
+from kadr.media.encoders.formats import FORMATS_BY_SUFFIX, MP4, frame_path, is_pattern
 from kadr.notebook.html import data_url, element, lines
 from kadr.planning.plan import format_bytes
 from kadr.shapes import Size
@@ -29,16 +30,17 @@ def video_in_memory_html(frames: np.ndarray, save: Callable[[Path], Path], capti
     except MediaError as error:
         return _still_html(frames[0], f"This is the first frame: {error}", caption, notices)
     if len(mp4) <= MAX_INLINE_BYTES:
-        return _mp4_html(mp4, Size(frames.shape[2], frames.shape[1]), caption, notices)
+        return _file_html(mp4, MP4.suffixes[0], Size(frames.shape[2], frames.shape[1]), caption, notices)
     return _still_html(frames[0], f'{_too_large(len(mp4))} Save it: video.save("video.mp4")', caption, notices)
 
 
 def video_file_html(path: Path, size: Size, caption: str, notices: Iterable[str]) -> str:
-    """Returns the HTML of an mp4; of one that is no longer there, the lines alone."""
+    """Returns the HTML of a file, or of the first of numbered images; of one that is gone, the lines alone."""
+    file = frame_path(path, 1) if is_pattern(path) else path
     try:
-        num_bytes = path.stat().st_size
+        num_bytes = file.stat().st_size
         if num_bytes <= MAX_INLINE_BYTES:
-            return _mp4_html(path.read_bytes(), size, caption, notices)
+            return _file_html(file.read_bytes(), file.suffix.lower(), size, caption, notices)
         return _still_html(read_video(path, 1).frames[0], f"{_too_large(num_bytes)} It is {path}", caption, notices)
     except (OSError, MediaError) as error:
         return lines((f"{path} cannot be shown: {error}", caption, *notices))
@@ -49,8 +51,13 @@ def _too_large(num_bytes: int) -> str:
     return f"This is the first frame: the mp4 has {format_bytes(num_bytes)}, and a notebook gets at most {limit}."
 
 
-def _mp4_html(mp4: bytes, size: Size, caption: str, notices: Iterable[str]) -> str:
-    source = data_url(mp4, "video/mp4")
+def _file_html(content: bytes, suffix: str, size: Size, caption: str, notices: Iterable[str]) -> str:
+    form = FORMATS_BY_SUFFIX[suffix]
+    if not form.codecs:
+        sides = {"width": size.width, "height": size.height}
+        image = element("img", src=data_url(content, f"image/{form.name}"), style=_STYLE, alt="the video", **sides)
+        return image + lines((caption, *notices))
+    source = data_url(content, f"video/{form.name}")
     switches = {"controls": True, "autoplay": True, "loop": True, "muted": True, "playsinline": True}
     video = element("video", src=source, width=size.width, height=size.height, style=_STYLE, **switches)
     return video + lines((caption, *notices))

@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse
 
 from kadr.errors import KadrWarning, MediaError
 from kadr.jobs.job import QUEUED, Job, JobConflictError, is_job_id
+from kadr.media.encoders.formats import CODECS, MP4, check_size
 from kadr.media.known_headers import use_known_headers
-from kadr.media.writer import check_even_sides
 from kadr.quoting import show
 from kadr.request.request import MAX_FPS
 from kadr.request.resolved_request import ResolvedRequest
@@ -271,7 +271,7 @@ async def _resolve(state: ServerState, draft: Draft) -> ResolvedRequest:
             warnings.simplefilter("ignore", KadrWarning)
             resolved = state.catalogue.engine(draft.engine).resolve(draft.request)
         try:
-            check_even_sides(resolved.size)
+            check_size(MP4, CODECS[MP4.codecs[0]], resolved.size)
         except MediaError as error:
             raise ApiError(400, str(error), code="invalid_value", param="size") from error
         return resolved
