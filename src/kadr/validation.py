@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,17 @@ def check_fields(kind: type, data: Any, name: str) -> Mapping[str, Any]:
     if missing := [field_name for field_name in required if field_name not in data]:
         raise RequestError(f"{name} lacks {', '.join(missing)}. Write it as `to_json` does.")
     return data
+
+
+def near_names(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
+    """Returns the known names that a misspelt one may have meant, the likeliest first."""
+    names = list(known)
+    begun = [item for item in names if name and item.startswith(name)]
+    return list(dict.fromkeys([*begun, *get_close_matches(name.strip().lower(), names, n=count)]))[:count]
+
+
+def suggest_names(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """Returns a sentence with the names that a misspelt one may have meant, or with all where none is near."""
+    names = list(known)
+    near = near_names(name, names, count=count)
+    return f"Did you mean {', '.join(near)}?" if near else f"Known are {', '.join(names)}."

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from difflib import get_close_matches
 
 from kadr.errors import RequestError
 from kadr.quoting import quote
 from kadr.request.request import Request
 from kadr.schema import REQUEST
+from kadr.validation import suggest_names
 
 REQUEST_FIELDS = tuple(field.name for field in fields(Request))
 ROW_FIELDS = ("model", "lora", "loras", "image", "video", "control", "seconds", "width", "height", "output")
@@ -28,6 +28,4 @@ def refuse_unknown_fields(names: Iterable[str]) -> None:
     unknown = next((name for name in names if name not in FIELDS), None)
     if unknown is None:
         return
-    nearest = get_close_matches(unknown.strip().lower(), FIELDS, n=1)
-    way_out = f"Did you mean {nearest[0]}?" if nearest else "docs/guides/batch.md lists the fields."
-    raise RequestError(f"there is no field {quote(unknown)}. {way_out}")
+    raise RequestError(f"there is no field {quote(unknown)}. {suggest_names(unknown, FIELDS, count=1)}")

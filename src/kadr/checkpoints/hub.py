@@ -7,6 +7,7 @@ download is verified against the hub's checksum before it is used.
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,50 @@ def cached_folder(repo: str, patterns: Sequence[str]) -> Path | None:
 def list_cached(repo: str, patterns: Sequence[str]) -> dict[str, Path]:
     """Lists the files that the cache has for the patterns, by name; some paths may be gone from the disk."""
     return _list_local(_repo_folder(repo) / "snapshots" / _cached_commit(repo), patterns)
+
+
+def list_stored(repo: str, patterns: Sequence[str]) -> list[Path]:
+    """Lists the files of all commits in the cache that match the patterns."""
+    snapshots = _repo_folder(repo) / "snapshots"
+    commits = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
+    paths = [path for commit in commits for path in _list_local(commit, patterns).values()]
+    return [path for path in paths if path.is_symlink() or path.exists()]
+
+
+def remove_stored(paths: Sequence[Path]) -> list[Path]:
+    """Removes files that `list_stored` returned, and the blobs that no other file of their repository links to.
+
+    Returns:
+        The files that are gone.
+
+    Raises:
+        CheckpointError: one cannot be removed, or is not in the cache.
+    """
+    cache = os.path.realpath(cache_folder())
+    for path in paths:
+        if not Path(os.path.realpath(path.parent)).is_relative_to(cache):
+            raise CheckpointError(f"{path} is not in the cache, {cache}. It is not removed.")
+    blobs = {(_repo_of(path), Path(os.path.realpath(path))) for path in paths if path.is_symlink()}
+    try:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for repo_folder, blob in blobs:
+            if blob.is_relative_to(os.path.realpath(repo_folder)) and not _is_linked(blob, repo_folder):
+                blob.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{error.filename} cannot be removed: {reason}. Check its permissions.") from error
+    return list(paths)
+
+
+def _repo_of(path: Path) -> Path:
+    """Returns the folder of the repository that a file in the cache belongs to."""
+    return next(folder for folder in path.parents if folder.name == "snapshots").parent
+
+
+def _is_linked(blob: Path, repo_folder: Path) -> bool:
+    links = (path for path in (repo_folder / "snapshots").rglob("*") if path.is_symlink())
+    return any(Path(os.path.realpath(link)) == blob for link in links)
 
 
 def _cached_commit(repo: str) -> str:

@@ -34,6 +34,7 @@ from kadr.cli.terminal.errors import (
     handle_errors,
     print_stderr,
     print_stdout,
+    set_quiet,
 )
 from kadr.cli.terminal.signals import handle_signals
 from kadr.errors import KadrError
@@ -46,8 +47,25 @@ from kadr.version import __version__
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer exports only its subclasses
 
 
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        is_eager=True,
+        expose_value=False,
+        callback=set_quiet,
+        help="Print nothing but the result, and errors.",
+    ),
+]
+
+
 class SafeGroup(TyperGroup):
-    """A group of verbs whose usage errors are one line, escaped and cut as other errors are."""
+    """A group of verbs: usage errors are one line, escaped and cut as other errors are, and every verb has --quiet."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _add_quiet(self)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _usage_on_one_line():
@@ -56,6 +74,26 @@ class SafeGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _usage_on_one_line():
             return super().invoke(ctx)
+
+
+def _add_quiet(group: Any) -> None:
+    """Gives every verb of a group the flag --quiet."""
+    for command in group.commands.values():
+        if hasattr(command, "commands"):
+            _add_quiet(command)
+        else:
+            command.params.append(_quiet_flag())
+
+
+def _quiet_flag() -> Any:
+    """Returns the flag as typer makes it of an annotation, for verbs that do not have it in theirs."""
+
+    def verb(quiet: Quiet = False) -> None:
+        """Takes the flag."""
+
+    donor = typer.Typer(add_completion=False)
+    donor.command()(verb)
+    return typer.main.get_command(donor).params[0]
 
 
 @contextmanager
@@ -74,7 +112,7 @@ app = typer.Typer(
     cls=SafeGroup,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )

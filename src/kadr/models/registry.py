@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from kadr.errors import RequestError
@@ -17,6 +16,7 @@ from kadr.quoting import quote
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
+from kadr.validation import suggest_names
 
 LTX_VIDEO_REPO = "Lightricks/LTX-Video"
 TEXT_ENCODER_REPO = "PixArt-alpha/PixArt-XL-2-1024-MS"
@@ -444,8 +444,7 @@ def find_release(name: str) -> Release:
 
 def no_such_release_error(name: str) -> RequestError:
     """Returns the error for a name that no release has, with similar ones."""
-    similar = similar_names(name)
-    advice = f"Did you mean {', '.join(similar)}?" if similar else f"Known are {', '.join(RELEASES_BY_NAME)}."
+    advice = suggest_names(name, RELEASES_BY_NAME)
     return RequestError(f"there is no model named {quote(name)}. {advice} To open a file, pass its path.")
 
 
@@ -460,12 +459,6 @@ def find_model_release(name: str) -> Release:
         names = ", ".join(model.name for model in MODEL_RELEASES)
         raise RequestError(f"release is {quote(name)}; it must be the name of a released model: one of {names}.")
     return release
-
-
-def similar_names(name: str) -> list[str]:
-    """Returns up to three names of releases that a misspelt one may have meant."""
-    same_prefix = [known for known in RELEASES_BY_NAME if name and known.startswith(name)]
-    return list(dict.fromkeys([*same_prefix, *get_close_matches(name.lower(), RELEASES_BY_NAME, n=3)]))[:3]
 
 
 def required_releases(release: Release) -> tuple[Release, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from kadr.quoting import quote, show
 from kadr.regular_file import read_text
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
-from kadr.validation import expand_home, is_number
+from kadr.validation import expand_home, is_number, near_names, suggest_names
 from kadr.yaml_reader import parse_yaml
 
 MAX_CONFIG_BYTES = 1 << 16  # the official ones have two kilobytes; a larger file is something else
@@ -104,10 +103,16 @@ class OfficialConfig:
     def read(cls, path: str | Path) -> OfficialConfig:
         """Reads a config.
 
+        Args:
+            path: of the file; or the name of an official one, such as ltxv-13b-0.9.8-dev, which needs no file.
+
         Raises:
-            RequestError: the file cannot be read, or has an unknown key or a bad value; the message names it.
+            RequestError: the file cannot be read, or has an unknown key or a bad value; the message names it. Or there
+                is neither such a file nor such a name.
         """
         path = expand_home(path)
+        if not path.exists() and (release := _find_named(path)) is not None:
+            return cls(path=path, recipe=release.recipe, checkpoint=release.name, upscaler=release.upscaler)
         context = _ErrorContext(path)
         data = _drop_nulls(_load_yaml(path))
         _refuse_unknown(context, data, TOP_LEVEL_KEYS)
@@ -194,6 +199,24 @@ class _ErrorContext:
         return _ErrorContext(self.path, f"{name}: ")
 
 
+def _find_named(path: Path) -> registry.Release | None:
+    """Returns the released model whose official config has that name, with .yaml or without.
+
+    The recipes of the registry are those of the official configs.
+
+    Raises:
+        RequestError: the text is no path, and no such name.
+    """
+    name = path.name.removesuffix(".yaml").removesuffix(".yml")
+    if path.parent != Path():
+        return None
+    models = {release.name: release for release in registry.MODEL_RELEASES if release.repo is not None}
+    if name not in models and path.name == name:
+        advice = suggest_names(name, models)
+        raise RequestError(f"there is no config {quote(name)}, neither a file nor a name. {advice}")
+    return models.get(name)
+
+
 def _load_yaml(path: Path) -> Mapping[Any, Any]:
     advice = "Give a pipeline config such as configs/ltxv-13b-0.9.8-dev.yaml of the official package."
     try:
@@ -223,7 +246,7 @@ def _refuse_unknown(context: _ErrorContext, data: Mapping[Any, Any], known: Sequ
             continue
         if key in TOP_LEVEL_KEYS:
             raise context.error(key, "is set in a pass; it belongs at the top of the file.")
-        nearest = get_close_matches(str(key), known, n=1) or get_close_matches(str(key), TOP_LEVEL_KEYS, n=1)
+        nearest = near_names(str(key), known, count=1) or near_names(str(key), TOP_LEVEL_KEYS, count=1)
         advice = f"Did you mean {nearest[0]}?" if nearest else "Remove it."
         raise context.error(key, f"is not a key of a pipeline config. {advice}")
 

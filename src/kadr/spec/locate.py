@@ -25,7 +25,7 @@ from kadr.spec.model_folders import (
     ModelFolders,
     is_name,
 )
-from kadr.validation import check_path, expand_home
+from kadr.validation import check_path, expand_home, near_names
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 MODEL, SECOND_MODEL, VAE, UPSCALER_ROLE, TEXT_ENCODER_ROLE = "model", "second model", "VAE", "upscaler", "text encoder"
@@ -219,7 +219,7 @@ def unknown_name_error(name: str, noun: str, folders: ModelFolders = NO_FOLDERS)
     """Returns the error for a name that neither a release nor the folders have, with similar names of releases."""
     if not folders:
         return registry.no_such_release_error(name)
-    similar = registry.similar_names(name)
+    similar = near_names(name, registry.RELEASES_BY_NAME)
     hint = f" Did you mean {', '.join(similar)}?" if similar else ""
     return RequestError(
         f"there is no {noun} named {quote(name)}, neither a release nor in the folders of models "

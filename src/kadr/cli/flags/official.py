@@ -60,7 +60,8 @@ class OfficialCommand(GroupedCommand):
     """A command that also accepts the official flag names."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        return super().parse_args(ctx, translate_official(args))
+        # The shell completes a line that is not finished.
+        return super().parse_args(ctx, args if ctx.resilient_parsing else translate_official(args))
 
 
 def translate_official(args: Sequence[str]) -> list[str]:

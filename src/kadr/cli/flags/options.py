@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from kadr.cli.flags.completion import completer_for
 from kadr.sampling.samplers import SAMPLERS
 
 
 def flag(name: str, metavar: str | None, help: str) -> Any:
-    return typer.Option(name, metavar=metavar, help=help, show_default=False)
+    completer = completer_for(name, metavar)
+    return typer.Option(name, metavar=metavar, help=help, show_default=False, autocompletion=completer)
 
 
 # Flags of several verbs, or of verbs other than `generate`.
@@ -165,7 +167,8 @@ class ModelFlags:
     model: Model = None
     release: Release = None
     config: Annotated[
-        Path | None, flag("--config", "FILE.yaml", "Take model and recipe from an official pipeline config.")
+        Path | None,
+        flag("--config", "FILE.yaml|NAME", "Take model and recipe from an official pipeline config, a file or a name."),
     ] = None
     upscaler: Annotated[
         list[str] | None, flag("--upscaler", "NAME|PATH", "Latent upscaler between two passes; may be given twice.")

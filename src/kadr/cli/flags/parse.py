@@ -15,6 +15,7 @@ from kadr.request.inputs import CONTROL_KINDS, READY, Condition, Control
 from kadr.request.request import AUTO_SIZE
 from kadr.sampling.settings import BlockIndices, ScalarOrList
 from kadr.shapes import Size
+from kadr.validation import near_names
 
 _FRAME_RANGE = re.compile(r"(-?\d{0,12}):(-?\d{0,12})")
 _LIST_SEPARATOR = re.compile("[/;]")
@@ -23,7 +24,10 @@ _LIST_SEPARATOR = re.compile("[/;]")
 def check_one_of(flag: str, value: str, choices: Sequence[str]) -> None:
     """Refuses a value that is not one of the choices."""
     if value not in choices:
-        raise typer.BadParameter(f"{quote(value)} is not one of {', '.join(choices)}.", param_hint=flag)
+        names = ", ".join(choices)
+        near = near_names(value, choices, count=1)
+        advice = f" Did you mean {near[0]}?" if near else ""
+        raise typer.BadParameter(f"{quote(value)} is not one of {names}.{advice}", param_hint=flag)
 
 
 def size(text: str | None) -> Size | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kadr.cli.terminal.errors import MAX_ERROR_LINE, print_stderr
+from kadr.cli.terminal.errors import MAX_ERROR_LINE, is_quiet, print_stderr
 from kadr.pipeline.display.progress_lines import STAGE_LABELS, format_duration
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ MAX_FAILURES_SHOWN = 100  # the manifest has all
 @contextmanager
 def watch_batch() -> Iterator[BatchWatch]:
     """Yields what shows a batch until the block ends."""
-    if not sys.stderr.isatty():
+    if is_quiet() or not sys.stderr.isatty():
         yield LineWatch()
         return
     # Imported here, because rich takes as long to load as all of `kadr --help`.

@@ -24,11 +24,32 @@ EXIT_ERROR = 1  # bad usage is 2, typer's own code
 DEBUG_VARIABLE = "KADR_DEBUG"  # environment variable: any value but "" and 0 shows tracebacks
 
 
+class _Speech:
+    """How much a command says: it is one for the whole process, as stderr is."""
+
+    is_quiet = False
+
+
+def set_quiet(is_quiet: bool) -> None:
+    """Keeps everything but errors from stderr, or no longer does."""
+    _Speech.is_quiet = is_quiet
+
+
+def is_quiet() -> bool:
+    """Returns whether --quiet was given."""
+    return _Speech.is_quiet
+
+
 def print_stderr(line: str, *, limit: int = MAX_LINE) -> None:
-    """Prints a message to stderr, escaped and cut to `limit` characters; stdout is for data.
+    """Prints a message to stderr, escaped and cut to `limit` characters; stdout is for data. Nothing under --quiet.
 
     A message that cannot be printed is no reason to stop.
     """
+    if not _Speech.is_quiet:
+        _write_stderr(line, limit)
+
+
+def _write_stderr(line: str, limit: int) -> None:
     with suppress(OSError):
         print(one_line(line, limit), file=sys.stderr)
 
@@ -105,7 +126,7 @@ def print_error(error: BaseException, message: str, *, limit: int) -> None:
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         traceback.print_exception(error)
     for line in message.split("\n"):
-        print_stderr(line, limit=limit)
+        _write_stderr(line, limit)
 
 
 def explain_error(error: Exception) -> str:

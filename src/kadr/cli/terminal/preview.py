@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.errors import is_quiet, print_stderr
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,8 @@ def open_preview() -> TerminalPreview | None:
 
 def _why_none() -> str | None:
     """Returns why stderr cannot show previews, by what it and the environment say of it; it is not asked itself."""
+    if is_quiet():
+        return "--quiet keeps them away"
     if not sys.stderr.isatty():
         return "stderr is not a terminal"
     from rich.console import Console

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.errors import is_quiet, print_stderr
 from kadr.cli.terminal.preview import FRAMES_PER_SECOND, TerminalPreview
 from kadr.pipeline.display.progress_lines import STAGE_LABELS, stage_label, time_left, watch_in_lines
-from kadr.pipeline.progress import Progress, StageProgress, Watch
+from kadr.pipeline.progress import Progress, StageProgress, Watch, ignore_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -24,7 +24,9 @@ def show_progress(position: tuple[int, int] | None = None, preview: TerminalPrev
         position: of several videos, (number of this one, number of videos).
         preview: shows the preview of each step, on a terminal.
     """
-    if sys.stderr.isatty():
+    if is_quiet():
+        yield ignore_progress
+    elif sys.stderr.isatty():
         with _watch_in_bars(position, preview) as watch:
             yield watch
     else:

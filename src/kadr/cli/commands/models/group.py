@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kadr.cli.commands.models import info, pull, verify
+from kadr.cli.commands.models import info, pull, rm, verify
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import handle_errors, print_stderr, print_stdout
 from kadr.cli.terminal.output import print_lines
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 MAX_NAME, MAX_STATE = 160, 200  # characters of a name and of a problem in the table; --json has all
 MODELS_EPILOG = (
     "`kadr models info NAME` tells what is known of one, `kadr models pull NAME` fetches a model with all it needs, "
-    "`kadr models verify NAME` compares it with the hub's checksums. `kadr generate --model NAME` also fetches what is "
-    "not on disk."
+    "`kadr models verify NAME` compares it with the hub's checksums, `kadr models rm NAME` removes it. `kadr generate "
+    "--model NAME` also fetches what is not on disk."
 )
 
 
@@ -121,4 +121,5 @@ app.callback(epilog=MODELS_EPILOG)(handle_errors()(models))
 app.command("list")(handle_errors()(list_models))
 app.command("info")(handle_errors()(info.info))
 app.command("pull", epilog=pull.PULL_EPILOG)(handle_errors()(pull.pull))
+app.command("rm", epilog=rm.RM_EPILOG)(handle_errors()(rm.rm))
 app.command("verify", epilog=verify.VERIFY_EPILOG)(handle_errors()(verify.verify))

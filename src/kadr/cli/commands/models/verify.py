@@ -12,6 +12,7 @@ import typer
 from kadr.checkpoints import hub
 from kadr.checkpoints.verify import ABSENT, DAMAGED, UNVERIFIED, FileVerification, verify_files
 from kadr.cli.flags import options
+from kadr.cli.flags.completion import release_completer
 from kadr.cli.terminal.errors import print_stdout
 from kadr.cli.terminal.output import print_lines
 from kadr.cli.terminal.table import format_columns, format_si
@@ -23,7 +24,15 @@ VERIFY_EPILOG = "Needs no network where the cache is made of links, as it is eve
 SIZE_TOLERANCE = 0.01  # sizes in the registry may be off by this share
 MAX_FAULTS = 2000  # characters: paths and checksums are there to be copied
 READABLE = "opens"  # the state of a file that came with kadr: the hub has no checksum for it
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A name that `kadr models` lists.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="A name that `kadr models` lists.",
+        show_default=False,
+        autocompletion=release_completer(),
+    ),
+]
 
 
 class Result(NamedTuple):
