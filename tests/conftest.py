@@ -78,6 +78,15 @@ def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def named_by_fields() -> Iterator[None]:
+    """Lets messages name fields again after a test that ran the command line in this process."""
+    from kadr.setting_names import name_settings_by_flags
+
+    yield
+    name_settings_by_flags(False)
+
+
+@pytest.fixture(autouse=True)
 def freeze_garbage() -> Iterator[None]:
     """Limits garbage collection to objects of the test: scanning torch and the oracles takes a quarter of a second each
     time a module leaves memory."""

@@ -13,6 +13,7 @@
     KadrWarning                something differs from the request; the command line prints it and goes on
 
 Every message states the value, the limit and the fix, on one line: foreign text in it is escaped and cut (`quoting`).
+It names flags on the command line and fields elsewhere (`setting_names`).
 """
 
 import collections.abc
@@ -21,6 +22,7 @@ import typing
 import warnings
 
 from kadr.quoting import MAX_LINE, one_line
+from kadr.setting_names import speak
 
 
 class KadrError(Exception):
@@ -45,6 +47,9 @@ class KadrError(Exception):
     ) -> None:
         super().__init__("\n  ".join(one_line(line, limit) for line in (message, *details)))
         self.topic, self.fix = topic, fix
+
+    def __str__(self) -> str:
+        return speak(super().__str__())
 
 
 class RequestError(KadrError, ValueError):
@@ -112,6 +117,9 @@ class KadrWarning(UserWarning):
     ) -> None:
         super().__init__("\n  ".join(one_line(line, limit) for line in (message, *details)))
         self.topic, self.fix = topic, fix
+
+    def __str__(self) -> str:
+        return speak(super().__str__())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "kadr"
 FLOORS = (  # from the lowest up; __init__ re-exports the public names and may import all of them
-    "quoting version",
+    "quoting setting_names version",
     "errors notebook",
     "file_names hidden_paths json_reader regular_file validation yaml_reader",
     "cache_home cancellation schema shapes",

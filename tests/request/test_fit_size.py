@@ -111,7 +111,7 @@ def test_a_crop_of_more_than_a_tenth_is_said_once_with_the_fitting_size(
         engine.resolve(replace(REQUEST, size=size, conditions=conditions))
     (message,) = [str(warning.message) for warning in caught]
     assert message.startswith(f"{path} is 1600x960 pixels: cropped to the aspect of {size}, it loses 40% of them.")
-    assert ("--size 160x96 would cut off 0%" in message) == (size.width == 128)  # 64x64 leaves no other shape
+    assert ("size=160x96 would cut off 0%" in message) == (size.width == 128)  # 64x64 leaves no other shape
 
 
 def test_a_crop_of_less_than_a_tenth_is_silent(engine: Engine, tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def test_box_too_small_for_first_pass_is_refused_with_one_that_works(
 def test_size_too_small_for_two_passes_is_refused(opened: Opened, size: Size, no_weights: None, tmp_path: Path) -> None:
     request = replace(REQUEST, size=size)
     small = "0x32" if size.width == 32 else "32x0"
-    expected_texts = (f"{size} is too small for two passes", small, "or for a single pass (--single-pass)")
+    expected_texts = (f"{size} is too small for two passes", small, "or for a single pass (multi_scale=False)")
     assert_refused(lambda: opened("spatial").generate(request), RequestError, *expected_texts)
     assert_refused(lambda: opened("both").write(request, tmp_path / "a.mp4"), RequestError, *expected_texts)
     assert list(tmp_path.iterdir()) == []
@@ -391,7 +391,7 @@ def test_name_that_is_not_an_upscaler_is_refused(name: str, home: Path, no_fetch
 def test_two_passes_without_an_upscaler_are_refused(
     opened: Opened, no_weights: None, no_fetch: None, tmp_path: Path
 ) -> None:
-    expected_texts = ("two passes need a latent upscaler", "--upscaler", "single pass")
+    expected_texts = ("two passes need a latent upscaler", "upscaler", "single pass")
     assert_refused(lambda: opened().generate(REQUEST), CheckpointError, *expected_texts)
     assert_refused(lambda: opened().write(REQUEST, tmp_path / "a.mp4"), CheckpointError, *expected_texts)
     assert_refused(lambda: opened().resolve(REQUEST).passes, CheckpointError, *expected_texts)
@@ -516,7 +516,7 @@ def test_text_encoder_of_another_width_is_refused(home: Path, other: Path, tmp_p
     spiece.write_bytes(sentencepiece_model())
     narrow = build_random(lambda: T5Encoder(replace(t5_config(), d_model=16)))
     write_text_encoder(tmp_path, narrow, spiece, dtype=torch.float32)
-    expected_texts = ("width 16", "prompt embeddings of width 24", "--text-encoder", str(home))
+    expected_texts = ("width 16", "prompt embeddings of width 24", "text_encoder", str(home))
     assert_refused(
         lambda: Engine.open(home / MODEL_FILE, text_encoder=tmp_path, device="cpu"), CheckpointError, *expected_texts
     )

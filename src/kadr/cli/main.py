@@ -42,6 +42,7 @@ from kadr.kernels.cpu.malloc import tune_malloc
 from kadr.media.pyav import quiet_encoders
 from kadr.memory.allocator import use_expandable_segments
 from kadr.quoting import one_line
+from kadr.setting_names import name_settings_by_flags
 from kadr.version import __version__
 
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer exports only its subclasses
@@ -159,6 +160,7 @@ def run(args: Sequence[str] | None = None) -> None:
     open_closed_streams()
     tune_malloc()
     quiet_encoders()
+    name_settings_by_flags(True)
     use_expandable_segments()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a prompt may have letters that the terminal's encoding lacks

@@ -12,7 +12,7 @@ from kadr.media.prepare import DEFAULT_IMAGE_CRF
 from kadr.models.registry import Recipe
 from kadr.request.fit_size import with_fitting_size
 from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
-from kadr.request.windows import check_prompt_count
+from kadr.request.windows import Windows, check_prompt_count, prompts_of_windows, timed_prompts
 from kadr.sampling.samplers import EULER
 from kadr.sampling.settings import Pass
 from kadr.shapes import MAX_FRAMES
@@ -116,18 +116,29 @@ def _with_window_defaults(request: Request, recipe: Recipe) -> Request:
         for condition in request.conditions
     )
     windows = request.windows.with_defaults(recipe.frames, has_anchor_image=has_anchor_image)
-    prompts = request.prompts
-    frames = request.frames or (windows.total_frames(len(prompts)) if len(prompts) > 1 else recipe.frames)
-    count = len(windows.spans(frames))
-    check_prompt_count(prompts, count)
+    prompts, timed = request.prompts, timed_prompts(request.prompts)
+    frames = request.frames or _frames_of_prompts(request, windows, recipe)
+    spans = windows.spans(frames)
+    count = len(spans)
+    if not timed:
+        check_prompt_count(prompts, count)
+    chosen = prompts_of_windows(prompts, spans, request.fps or recipe.fps)
     if count == 1:
-        return replace(request, windows=None, frames=frames)
+        return replace(request, windows=None, frames=frames, prompt=chosen[0])
     if request.multi_scale or request.second_pass is not None:
         raise RequestError(
             f"{count} windows and two passes are requested, but windows are sampled in one pass. Give --single-pass "
             "and no settings of a second pass, or no windows."
         )
     return replace(request, windows=windows, frames=frames, multi_scale=False)
+
+
+def _frames_of_prompts(request: Request, windows: Windows, recipe: Recipe) -> int:
+    """Returns the frames of a long video whose length its prompts decide: a window each, or to the last one's end."""
+    prompts, timed = request.prompts, timed_prompts(request.prompts)
+    if timed and timed[-1].end is not None:
+        return max(1, round(timed[-1].end * (request.fps or recipe.fps)))
+    return windows.total_frames(len(prompts)) if len(prompts) > 1 else recipe.frames
 
 
 def warn_single_pass(original: Request, request: Request, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from kadr.media.image import load_image
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from kadr.request.resolved_media import resolve_condition_clip
-from kadr.request.windows import PROMPT_SEPARATOR
+from kadr.request.windows import PROMPT_SEPARATOR, split_time
 from kadr.text.chat_messages import ChatImage
 from kadr.text.enhance import Enhancer
 
@@ -36,16 +36,17 @@ def enhance_prompt(request: Request, enhancer: Enhancer) -> Request:
         MediaError: an image or clip cannot be read.
         RequestError: the frame range of a clip is empty.
     """
-    scenes = list(request.prompts)
+    times, scenes = zip(*map(split_time, request.prompts), strict=True)
     images = condition_images(request)
     try:
-        enhanced_scenes = enhancer.enhance_scenes(scenes, images)
+        enhanced_scenes = enhancer.enhance_scenes(list(scenes), images)
     except EnhanceError as error:
         if enhancer.required:
             raise
         warnings.warn(f"{error} The prompt is used as it was written.", KadrWarning, stacklevel=2)
         return request
-    prompt = f" {PROMPT_SEPARATOR} ".join(enhanced_scenes)
+    timed = (time + scene for time, scene in zip(times, enhanced_scenes, strict=True))
+    prompt = f" {PROMPT_SEPARATOR} ".join(timed)
     original = request.prompt if request.original_prompt is None else request.original_prompt
     return replace(request, prompt=prompt, original_prompt=original)
 

@@ -34,6 +34,7 @@ from kadr.request.resolved_conditions import resolve_conditions
 from kadr.request.resolved_controls import resolve_controls
 from kadr.request.resolved_media import resolve_input_video
 from kadr.request.resolved_request import ResolvedRequest
+from kadr.request.windows import prompts_of_windows
 from kadr.shapes import snap_frames
 from kadr.spec.model import ModelSpec
 
@@ -57,7 +58,7 @@ def resolve(request: Request, spec: ModelSpec, *, with_media: bool = True) -> Re
     window_passes = resolve_window_passes(completed, spec.schedules[0])
     return ResolvedRequest(
         request=completed,
-        prompts=completed.prompts,
+        prompts=prompts_of_windows(completed.prompts, window_spans(completed), float(known(completed.fps))),
         negative_prompt=known(completed.negative_prompt),
         size=known_size(completed),
         frames=known(completed.frames),

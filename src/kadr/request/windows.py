@@ -7,6 +7,7 @@ those of the first window (AdaIN).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,14 @@ from kadr.validation import check_fields, check_range, is_whole_number
 DEFAULT_OVERLAP, DEFAULT_OVERLAP_STRENGTH, DEFAULT_ADAIN, DEFAULT_ANCHOR_STRENGTH = 24, 1.0, 0.25, 1.0
 MIN_WINDOW_FRAMES = TEMPORAL_COMPRESSION + 1  # two latent frames, of which one may overlap
 PROMPT_SEPARATOR = "|"  # between the prompts of two windows
+MAX_TIMES_LISTED = 8  # of windows, in an error
+TIME_TOLERANCE = 1e-6  # seconds
+# "0-3s: a fox runs", "3.5s-: the fox sleeps": the s of seconds tells a time from a prompt that begins with numbers.
+_TIME = re.compile(
+    r"(?=[\d.\s-]*s)(?P<time>(?P<start>\d+(?:\.\d+)?)\s*s?\s*-\s*(?P<end>\d+(?:\.\d+)?)?\s*s?)\s*:\s*(?P<text>.*\S)\s*",
+    re.DOTALL,
+)
+_TIME_ADVICE = 'Write "0-3s: a fox runs", then "3s-: the fox sleeps": no gaps; an end may be left open.'
 WINDOWS_SUFFIX = ".windows"  # suffix of the folder of finished windows
 
 
@@ -196,3 +205,80 @@ def check_prompt_count(prompts: Sequence[str], window_count: int) -> None:
             f"{len(prompts)} prompts are given, one for each window, but the video has {window_count} "
             f"{'window' if window_count == 1 else 'windows'}. Give more --frames or --seconds, or fewer prompts."
         )
+
+
+class TimedPrompt(NamedTuple):
+    """A prompt for a stretch of a long video.
+
+    Args:
+        start, end: seconds; an end of None is that of the video.
+        time: as it was written, such as "0-3s".
+    """
+
+    start: float
+    end: float | None
+    text: str
+    time: str
+
+
+def timed_prompts(prompts: Sequence[str]) -> tuple[TimedPrompt, ...]:
+    """Parses prompts that say when they are shown: "0-3s: a fox runs", "3s-: the fox sleeps"; () where none does.
+
+    Raises:
+        RequestError: only some say so, the first does not begin at 0, or one does not begin where the one before ends.
+    """
+    matches = [_TIME.fullmatch(prompt) for prompt in prompts]
+    if not any(matches):
+        return ()
+    timed: list[TimedPrompt] = []
+    for prompt, match in zip(prompts, matches, strict=True):
+        if match is None:
+            reason = "does not say when it is shown, and others do"
+            raise RequestError(f"the prompt {quote(prompt)} {reason}. {_TIME_ADVICE}")
+        start, end = float(match["start"]), float(match["end"]) if match["end"] else None
+        expected = 0.0 if not timed else timed[-1].end
+        if expected is None and start > timed[-1].start:  # an open end is where the next one begins
+            timed[-1], expected = timed[-1]._replace(end=start), start
+        if start != expected:
+            known = f"at {expected:g} s" if expected is not None else f"after {timed[-1].start:g} s"
+            raise RequestError(f"the prompt {quote(prompt)} begins at {start:g} s, not {known}. {_TIME_ADVICE}")
+        if end is not None and end <= start:
+            raise RequestError(f"the prompt {quote(prompt)} ends at {end:g} s, before it begins. {_TIME_ADVICE}")
+        timed.append(TimedPrompt(start, end, match["text"], match["time"]))
+    return tuple(timed)
+
+
+def split_time(prompt: str) -> tuple[str, str]:
+    """Splits a timed prompt into its time, with the colon behind it, and its text; another one has the time ""."""
+    match = _TIME.fullmatch(prompt)
+    return ("", prompt) if match is None else (f"{match['time']}: ", match["text"])
+
+
+def prompts_of_windows(prompts: Sequence[str], spans: Sequence[Span], fps: float) -> tuple[str, ...]:
+    """Returns the prompts of the windows. Prompts without times are for one window each, the last one for all others.
+
+    Of timed prompts each window has the one that is shown when the frames begin that only this window makes.
+
+    Raises:
+        RequestError: as `timed_prompts`, or no window begins within the time of a prompt.
+    """
+    timed = timed_prompts(prompts)
+    if not timed:
+        return tuple(prompts)
+    ends = (((span.end - 1) * TEMPORAL_COMPRESSION + 1) / fps for span in spans[:-1])
+    starts = [0.0, *ends]
+    chosen = [_shown_at(timed, start) for start in starts]
+    for prompt in timed:
+        if prompt not in chosen:
+            begins = ", ".join(f"{start:.3g}" for start in starts[:MAX_TIMES_LISTED])
+            more = ", ..." if len(starts) > MAX_TIMES_LISTED else ""
+            raise RequestError(
+                f"no window begins within {prompt.time}, so {quote(prompt.text)} would not be shown; windows begin at "
+                f"{begins}{more} s. Give shorter windows, or a longer time."
+            )
+    return tuple(prompt.text for prompt in chosen)
+
+
+def _shown_at(timed: Sequence[TimedPrompt], seconds: float) -> TimedPrompt:
+    """Returns the last prompt that has begun; a window that begins a rounded frame too early has the next one."""
+    return [prompt for prompt in timed if prompt.start <= seconds + TIME_TOLERANCE][-1]

@@ -10,6 +10,7 @@ import typer
 from kadr.cli.flags import options
 from kadr.cli.flags.groups import with_flag_groups
 from kadr.cli.flags.request import check_choices
+from kadr.setting_names import name_settings_by_flags
 
 BATCH_EPILOG = (
     "FILE is a .txt with a prompt per line, a .csv whose header names fields, or a .jsonl with an object per line. A "
@@ -28,5 +29,7 @@ def batch(file: File, flags: options.BatchFlags) -> None:
     """
     check_choices(flags)
     from kadr.cli.batch import run_batch  # loads the queue
+
+    name_settings_by_flags(False)  # from here on messages are about rows, whose fields they name
 
     run_batch(file, flags)
