@@ -72,7 +72,8 @@ _FIELDS_BY_FLAG = {flag: field for field, flag in FLAGS_BY_FIELD.items()}
 _ANYWHERE = "|".join(sorted((re.escape(field) for field in FLAGS_BY_FIELD if "_" in field), key=len, reverse=True))
 _FIRST = "|".join(field for field in FLAGS_BY_FIELD if "_" not in field and "." not in field)
 _FIELD = re.compile(rf"(?<![\w./-])({_ANYWHERE})(?![\w./(-])|^({_FIRST})(?= (?:is|are) )")
-_VALUE = r"(?: (?=[\d(])([\w.,:x/-]*\w)| (auto|none|stages|blocks|int8|fp8|canny)\b)?"
+# Behind a flag: a number or a size, a choice, the name of a model, or a word that stands for a value, such as NAME.
+_VALUE = r"(?: (\d[\w.,:/-]*\w|\d|auto|none|stages|blocks|int8|fp8|[A-Z]+\b|[a-z][\w.]*-[\w.-]*\w))?"
 _FLAG = re.compile(rf"(?<![\w-])(--[a-z][a-z-]*[a-z]){_VALUE}")
 _COMMAND = re.compile(r"`[^`]*`|\bkadr [a-z-]+[^.;`]*")  # to be typed in a shell, whoever reads it
 
@@ -104,7 +105,7 @@ def _with_flags(text: str) -> str:
 
 def _with_fields(text: str) -> str:
     def name(match: re.Match[str]) -> str:
-        field, value = _FIELDS_BY_FLAG.get(match[1]), match[2] or match[3]
+        field, value = _FIELDS_BY_FLAG.get(match[1]), match[2]
         if field is None:
             return match[0]
         return field if value is None else f"{field}={value}"

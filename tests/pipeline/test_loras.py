@@ -258,7 +258,7 @@ def test_lora_may_be_given_by_its_registry_name(
         ("Lightricks/LTX-Video-ICLoRA-canny-13b-0.9.7", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
     ]
     assert video_metadata(engine.spec, engine.resolve(REQUEST))["loras"] == [lora_metadata(lora, 0.5)]
-    with pytest.raises(RequestError, match=r"is a LoRA, not a model\. Give it as --lora"):
+    with pytest.raises(RequestError, match=r"is a LoRA, not a model\. Give it as loras"):
         Engine.open("ltxv-13b-0.9.7-ic-lora-canny")
     with pytest.raises(RequestError, match=r"is a spatial upscaler; for the LoRA give a path, or a name such as ltxv"):
         opened(loras=["ltxv-spatial-upscaler-0.9.8"])

@@ -92,7 +92,7 @@ def test_last_placement_out_of_memory_is_a_plan_error(run: Callable[[Any], objec
 
 def test_without_smaller_placement_a_plan_error_says_so() -> None:
     modules: Any = FakeModules(1)
-    with pytest.raises(PlanError, match=r"denoise ran out of memory in spite of the plan .*smaller --size") as raised:
+    with pytest.raises(PlanError, match=r"denoise ran out of memory in spite of the plan .*smaller size") as raised:
         retry_on_oom(modules, "denoise", FailingStage(1))(None)
     assert isinstance(raised.value.__cause__, RuntimeError)
 

@@ -190,11 +190,11 @@ def test_no_fit_is_refused_before_loading_with_a_suggestion(
     monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
     set_free_bytes(monkeypatch, engine.plan(replace(big, size=(512, 512))).peak_bytes - engine.plan(big).base_bytes)
     monkeypatch.setattr(engine._model.module_cache, "acquire", lambda *a, **k: pytest.fail("something was loaded"))
-    with pytest.raises(PlanError, match=r"are missing\. These would fit: .*--size \d+x\d+ --frames \d+\.") as raised:
+    with pytest.raises(PlanError, match=r"are missing\. These would fit: .*size=\d+x\d+ frames=\d+\.") as raised:
         engine.generate(big)
     assert raised.value.shortfall > 0
     assert set(raised.value.smaller) == {"size", "frames"}
-    assert "--size {size} --frames {frames}".format(**raised.value.smaller) in str(raised.value)
+    assert "size={size} frames={frames}".format(**raised.value.smaller) in str(raised.value)
     fitting = replace(big, **raised.value.smaller)
     assert engine.plan(fitting).stages  # the suggestion does fit
     assert isinstance(fitting.size, Size)

@@ -53,7 +53,7 @@ def test_a_long_video_that_does_not_fit_gets_shorter_windows(engine: Engine, mon
     windows = Windows(frames=121, overlap=8, adain=0.5)
     request = Request(PROMPT, frames=500, windows=windows)
     limit_frames(monkeypatch, 100)
-    with pytest.raises(PlanError, match=r"These would fit: --window 97\.") as raised:
+    with pytest.raises(PlanError, match=r"These would fit: windows=97\.") as raised:
         engine.plan(request)
     assert raised.value.smaller == {"windows": replace(windows, frames=97, anchor_strength=0.0)}
     assert engine.plan(replace(request, **raised.value.smaller)).stages
@@ -66,7 +66,7 @@ def test_a_video_that_does_not_fit_keeps_its_images(
     plain = Request(PROMPT, size=(256, 256), frames=121)
     shown = replace(plain, conditions=[Condition(str(tmp_path / "a.png"), frame=frame) for frame in (104, -1)])
     limit_frames(monkeypatch, 100)
-    with pytest.raises(PlanError, match=r"These would fit: --size 256x256 --frames 97\.") as raised:
+    with pytest.raises(PlanError, match=r"These would fit: size=256x256 frames=97\.") as raised:
         engine.plan(plain)
     assert raised.value.smaller == {"size": Size(256, 256), "frames": 97}
     with pytest.raises(PlanError, match="Nothing smaller fits") as raised:  # the image would lie outside of it
@@ -93,7 +93,7 @@ def test_a_long_run_warns_and_its_suggestion_takes_under_an_hour(engine: Engine,
     assert text is not None
     assert "\n" not in text
     width, height, frames = map(int, re.findall(r"--size (\d+)x(\d+) --frames (\d+) would take", text)[0])
-    assert "--model demo-distilled takes fewer steps" in text
+    assert "model=demo-distilled takes fewer steps" in text
     shorter = Request(PROMPT, size=(width, height), frames=frames, windows=request_.windows)
     assert engine.plan(shorter).seconds <= ONE_HOUR
     assert long_run_warning(engine, shorter) is None

@@ -53,7 +53,7 @@ def test_one_window_has_the_text_without_its_time(demo: Engine) -> None:
         (("1s-2s: a",), "begins at 1 s, not at 0 s"),
         (("0-1s: a", "2-3s: b"), "begins at 2 s, not at 1 s"),
         (("0-2s: a", "1-3s: b"), "begins at 1 s, not at 2 s"),
-        (("0-: a", "0-: b"), "begins at 0 s, not after 0 s"),
+        (("0s-: a", "0s-: b"), "begins at 0 s, not after 0 s"),
         (("0-0s: a",), "ends at 0 s, before it begins"),
         (("0-1.5s: a", "1.5-2s: b", "2s-: c"), r"no window begins within 1.5-2s.*begin at 0, 1.04, 2.04 s"),
         (("0-9s: a", "9s-: b"), r"no window begins within 9s-"),

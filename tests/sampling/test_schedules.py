@@ -197,7 +197,7 @@ def test_a_distilled_model_refuses_other_sigmas_by_value() -> None:
     assert refused
     assert all(sigma in message for sigma in refused)
     assert "0.4219" in message
-    assert "--steps" in message
+    assert "steps" in message
     with pytest.raises(RequestError, match=r"0\.5000"):
         schedule.check_allowed(explicit_sigmas((1.0, 0.5)))
 

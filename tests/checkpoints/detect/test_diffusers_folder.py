@@ -293,7 +293,7 @@ def write_transformer_folder(folder: Path, config: TransformerConfig) -> Path:
 def test_a_2b_transformer_without_vae_needs_a_version(tmp_path: Path) -> None:
     folder = write_transformer_folder(tmp_path / "transformer", TRANSFORMER_2B)
     for path in (folder, tmp_path):
-        with pytest.raises(CheckpointError, match="--release NAME"):
+        with pytest.raises(CheckpointError, match="release=NAME"):
             Checkpoint.open(path)
     old, new = (
         Checkpoint.open(folder, release=find_release(f"ltxv-2b-{version}")).info for version in ("0.9.1", "0.9.5")

@@ -146,7 +146,7 @@ def test_what_no_name_tells_is_asked_for_and_the_answer_works(
 ) -> None:
     folder = write_released_folder(tmp_path / name, config)
     assert candidates(folder) == expected
-    with pytest.raises(CheckpointError, match=f"other settings: {', '.join(expected)}. .* --release NAME"):
+    with pytest.raises(CheckpointError, match=f"other settings: {', '.join(expected)}. .* release=NAME"):
         Engine.open(folder, device="cpu")
     for answer in expected:
         spec = Engine.open(folder, release=answer, device="cpu").spec
@@ -175,7 +175,7 @@ def test_the_scheduler_tells_the_positions_of_a_transformer_alone(
 def test_a_name_that_the_sizes_contradict_is_a_warning(tmp_path: Path) -> None:
     home = write_model(tmp_path / "home")
     path = (home / MODEL_FILE).rename(home / "ltxv-2b-0.9.6-distilled.safetensors")
-    with pytest.warns(KadrWarning, match=r"no release of that name has 2 layers 64 wide.*--steps"):
+    with pytest.warns(KadrWarning, match=r"no release of that name has 2 layers 64 wide.*steps"):
         assert Engine.open(path, device="cpu").spec.recipe == Recipe()
 
 
@@ -189,7 +189,7 @@ def write_file(path: Path) -> Path:
 
 def test_a_renamed_single_file_is_asked_for_too(tmp_path: Path) -> None:
     path = write_file(tmp_path / "mine.safetensors")
-    with pytest.raises(CheckpointError, match=f"{', '.join(SAME_13B)}.*--release NAME"):
+    with pytest.raises(CheckpointError, match=f"{', '.join(SAME_13B)}.*release=NAME"):
         Engine.open(path, device="cpu")
     spec = Engine.open(path, release="ltxv-13b-0.9.7-distilled", device="cpu").spec
     assert spec.recipe == find_release("ltxv-13b-0.9.7-distilled").recipe

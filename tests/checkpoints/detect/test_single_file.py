@@ -181,7 +181,7 @@ def test_without_a_header_only_released_sizes_are_known(
 
 
 def test_a_2b_transformer_without_header_and_vae_needs_a_version(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"ltxv-2b-0\.9\.6-dev.*--release NAME"):
+    with pytest.raises(CheckpointError, match=r"ltxv-2b-0\.9\.6-dev.*release=NAME"):
         write_and_open(tmp_path / "x.safetensors", TRANSFORMER_2B)
 
 
@@ -298,7 +298,7 @@ def test_an_upscaler_without_a_component_is_refused_with_its_flag(tmp_path: Path
     checkpoint = write_and_open_upscaler(tmp_path / "x.safetensors", SPATIAL_UPSCALER_CONFIG)
     with pytest.raises(
         CheckpointError,
-        match=rf"x\.safetensors is a spatial upscaler, not a model, and has no {component}.* as --upscaler, .*--{flag}",
+        match=rf"x\.safetensors is a spatial upscaler, not a model, and has no {component}.* as upscaler, .*--{flag}",
     ):
         getattr(checkpoint, f"load_{component}")()
 

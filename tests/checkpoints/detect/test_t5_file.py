@@ -134,9 +134,9 @@ def test_an_encoders_file_is_told_from_a_models(tmp_path: Path, tensors: files.T
     found = [is_text_encoder(path) for path in (alone, prefixed, other, whole, broken, tmp_path / "none.safetensors")]
     assert found == [True, True, False, False, False, False]
     for path in (alone, prefixed):
-        with pytest.raises(CheckpointError, match=r"is a T5 text encoder, not a model.*--text-encoder"):
+        with pytest.raises(CheckpointError, match=r"is a T5 text encoder, not a model.*text_encoder"):
             Checkpoint.open(path)
-    with pytest.raises(CheckpointError, match=r"has no T5 text encoder in it, but .*proj_out.*--text-encoder"):
+    with pytest.raises(CheckpointError, match=r"has no T5 text encoder in it, but .*proj_out.*text_encoder"):
         TextEncoderCheckpoint.open(other)
 
 

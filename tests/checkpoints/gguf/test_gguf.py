@@ -190,7 +190,7 @@ def test_the_name_of_a_2b_file_tells_its_version(
 
 
 def test_a_2b_file_of_another_name_needs_a_version(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"does not say which release.*ltxv-2b-0\.9,.*--release NAME"):
+    with pytest.raises(CheckpointError, match=r"does not say which release.*ltxv-2b-0\.9,.*release=NAME"):
         Checkpoint.open(write_released(tmp_path, "model-Q8_0.gguf"))
 
 
@@ -229,13 +229,13 @@ def test_an_unquantized_file_loads_the_official_weights(tmp_path: Path, architec
 def test_the_error_for_a_missing_vae_names_a_matching_one(tmp_path: Path) -> None:
     path = write_released(tmp_path, "ltxv-13b-0.9.8-distilled-Q4_K_M.gguf", TRANSFORMER_13B)
     with pytest.raises(
-        CheckpointError, match=r"has no vae, only transformer\. Give .* as --vae, such as ltxv-13b-0\.9\.8-distilled\.$"
+        CheckpointError, match=r"has no vae, only transformer\. Give .* as vae, such as ltxv-13b-0\.9\.8-distilled\.$"
     ):
         Engine.open(path)
-    with pytest.raises(CheckpointError, match=r"as --vae, such as ltxv-13b-0\.9\.8-distilled\.$"):
+    with pytest.raises(CheckpointError, match=r"as vae, such as ltxv-13b-0\.9\.8-distilled\.$"):
         Engine.open(write_released(tmp_path, "unnamed.gguf", TRANSFORMER_13B))
     config = official_metadata(TRANSFORMER_2B, VAE_0_9_5)
-    with pytest.raises(CheckpointError, match=r"as --vae, such as ltxv-2b-0\.9\.8-distilled\.$"):
+    with pytest.raises(CheckpointError, match=r"as vae, such as ltxv-2b-0\.9\.8-distilled\.$"):
         Engine.open(write_released(tmp_path, "own.gguf", **config))
 
 
@@ -404,7 +404,7 @@ def test_a_file_of_another_kind_is_refused_with_its_kind(
 
 def test_a_transformer_is_not_a_text_encoder(tmp_path: Path) -> None:
     path = write_released(tmp_path, "x.gguf")
-    with pytest.raises(CheckpointError, match=r"not a text encoder: its architecture is ltxv.*--model.*q8-gguf"):
+    with pytest.raises(CheckpointError, match=r"not a text encoder: its architecture is ltxv.*model.*q8-gguf"):
         TextEncoderCheckpoint.open(path)
     assert not is_text_encoder(path)
 

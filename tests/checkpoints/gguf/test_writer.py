@@ -147,7 +147,7 @@ def test_the_file_carries_the_name_of_its_release(tmp_path: Path) -> None:
     opened = Checkpoint.open(tmp_path / "x.gguf")
     assert opened.info.release is find_release("demo-distilled")
     assert opened.info.schedule == demo.info.schedule
-    with pytest.raises(CheckpointError, match="as --vae, such as demo"):
+    with pytest.raises(CheckpointError, match="as vae, such as demo"):
         raise opened.missing_component_error("vae")
 
 

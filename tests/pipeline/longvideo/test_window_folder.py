@@ -115,7 +115,7 @@ def test_resume_writes_the_file_if_all_windows_were_finished(
 def test_finished_windows_are_never_overwritten(engine: Engine, output_folder: Path) -> None:
     interrupt(engine, output_folder / "clip.mp4")
     contents = {path: path.read_bytes() for path in window_folder_path(output_folder / "clip.mp4").iterdir()}
-    with pytest.raises(RequestError, match=r"clip.windows holds 2 finished windows .*--resume, delete the folder, or"):
+    with pytest.raises(RequestError, match=r"clip.windows holds 2 finished windows .*resume, delete the folder, or"):
         engine.write(LONG, output_folder / "clip.mp4")
     assert {path: path.read_bytes() for path in window_folder_path(output_folder / "clip.mp4").iterdir()} == contents
 
