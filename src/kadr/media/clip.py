@@ -278,10 +278,13 @@ def probe_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return (frame.height, frame.width) if is_on_its_side else (frame.width, frame.height)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str], *, absolute_paths: bool = True) -> dict[str, Any]:
     """Returns the metadata that kadr stored in a video or an image, of any schema number. No frame is decoded.
 
     `kadr.schema.upgrade_video_metadata` upgrades it.
+
+    Args:
+        absolute_paths: make paths absolute that are stored relative to the file; False returns them as stored.
 
     Raises:
         MediaError: the file is missing, not a video, or contains no request of kadr.
@@ -297,7 +300,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} contains no request of kadr: it was made with --no-metadata or by another program, or "
             "re-encoded without the comment tag."
         )
-    return with_absolute_paths(request, Path(path))
+    return with_absolute_paths(request, Path(path)) if absolute_paths else request
 
 
 def _frame_rate(path: str | os.PathLike[str], container: InputContainer) -> Fraction:

@@ -121,7 +121,7 @@ def _read_metadata(path: Path) -> str:
     from kadr.media.clip import read_metadata
 
     try:
-        text = json.dumps(read_metadata(path))
+        text = json.dumps(read_metadata(path, absolute_paths=False))  # never where this server keeps the file
     except (MediaError, ValueError, RecursionError):
         return ""
     return text if len(text) <= MAX_METADATA_BYTES else ""
