@@ -19,11 +19,9 @@ import pytest
 
 from kadr.errors import MediaError
 from kadr.jobs.job import StorageError
-from kadr.media.writer import VideoWriter
 from kadr.server.errors import ApiError
-from kadr.server.inputs.media_check import CLIP, IMAGE, MediaChecker, MediaLimits, read_facts
+from kadr.server.inputs.media_check import IMAGE, MediaChecker, MediaLimits
 from kadr.server.inputs.uploads import SIDECAR, UploadLimits, UploadStore
-from kadr.shapes import Size
 from tests.server.answers import refused
 from tests.server.app_client import multipart
 from tests.server.media import (
@@ -448,13 +446,3 @@ def test_checker_that_cannot_be_started_is_said(
     good = tmp_path / "good.png"
     good.write_bytes(image())
     assert loop.run_until_complete(checker.check(good, IMAGE)).width == 64
-
-
-def test_settings_of_a_video_do_not_tell_where_the_server_keeps_it(tmp_path: Path) -> None:
-    (tmp_path / "still.png").touch()
-    metadata = {"request": {"conditions": [{"media": str(tmp_path / "still.png")}]}}
-    with VideoWriter(tmp_path / "upload.mp4", Size(64, 64), 24, metadata=metadata) as writer:
-        writer.write(np.zeros((1, 64, 64, 3), np.uint8))
-    stored = read_facts(tmp_path / "upload.mp4", CLIP, MediaLimits()).metadata
-    assert str(tmp_path) not in stored
-    assert json.loads(stored)["request"]["conditions"] == [{"media": "./still.png"}]
