@@ -59,7 +59,7 @@ def renamed_13b(path: Path) -> Path:
 
 def test_every_release_that_the_question_lists_is_an_answer(kadr: Run, tmp_path: Path) -> None:
     path = renamed_13b(tmp_path / "mine.safetensors")
-    names = release_names(refused(dry_run(kadr, "--model", path), "--release=NAME"))
+    names = release_names(refused(dry_run(kadr, "--model", path), "--release NAME"))
     assert len(names) == 4
     for name in names:
         result = dry_run(kadr, "--model", path, "--release", name)
@@ -76,7 +76,7 @@ def test_inspect_asks_for_the_release_and_takes_it(kadr: Run, tmp_path: Path) ->
     assert "--release" in line
     for name in release_names(line):
         assert f"({name})" in kadr("inspect", "mine.safetensors", "--release", name).out
-    error = refused(kadr("inspect", headerless_2b(tmp_path / "old.safetensors")), "--release=NAME")
+    error = refused(kadr("inspect", headerless_2b(tmp_path / "old.safetensors")), "--release NAME")
     for name in release_names(error):
         assert f"({name})" in kadr("inspect", "old.safetensors", "--release", name).out
 
@@ -92,7 +92,7 @@ def test_quantize_takes_the_release_that_it_asks_for(
 
     monkeypatch.setattr(convert, "transformer_to_gguf", record)
     command = ("quantize", headerless_2b(tmp_path / "old.safetensors"), "old.gguf", "--type", "Q8_0")
-    name = release_names(refused(kadr(*command), "--release=NAME"))[-1]
+    name = release_names(refused(kadr(*command), "--release NAME"))[-1]
     assert kadr(*command, "--release", name).code == 0
     assert [checkpoint.info.release.name for checkpoint in converted] == [name]
 

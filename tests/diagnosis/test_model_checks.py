@@ -66,13 +66,13 @@ def test_a_text_encoder_of_few_bits_is_found(released: ModelSpec, stored: str, k
 def test_a_model_of_no_known_release_is_noted(home: Path, released: ModelSpec) -> None:
     assert of_topic(released, "model") == []
     (found,) = of_topic(open_spec(SpecOptions(model=home / MODEL_FILE, device="cpu")), "model")
-    assert (found.kind, found.fix) == (NOTE, "--release=NAME")
+    assert (found.kind, found.fix) == (NOTE, "--release NAME")
 
 
 def test_an_unclear_release_is_an_error_with_the_flag(tmp_path: Path) -> None:
     path = write_sparse(tmp_path / "video.safetensors", single_file_shapes(TRANSFORMER_2B, VAE_0_9_5))
     (found,) = opening(model=path)
-    assert (found.kind, found.topic, found.fix) == (ERROR, "model", "--release=NAME")
+    assert (found.kind, found.topic, found.fix) == (ERROR, "model", "--release NAME")
     assert "ltxv-2b-0.9.8-distilled" in found.message
 
 

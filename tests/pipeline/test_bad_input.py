@@ -65,7 +65,7 @@ def test_unreadable_image_is_refused_before_any_load(
 
 @pytest.mark.parametrize(
     ("target", "expected"),
-    [("gone/a.mp4", "mkdir -p"), ("a.avi", "only .mp4"), (".", "is a folder"), ("file/a.mp4", "is a file")],
+    [("gone/a.mp4", "mkdir -p"), ("a.avi", "these can be written"), (".", "is a folder"), ("file/a.mp4", "is a file")],
 )
 def test_unwritable_output_is_refused_before_any_load(
     engine_without_weights: Engine, output_folder: Path, target: str, expected: str

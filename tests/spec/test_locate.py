@@ -87,11 +87,11 @@ def test_registry_name_may_come_as_a_path(name: str, role: str) -> None:
 @pytest.mark.parametrize(
     "name, error",
     [
-        ("ltxv-spatial-upscaler-0.9.8", "is a spatial upscaler, not a model. Give it as --upscaler"),
-        ("ltxv-temporal-upscaler-0.9.7", "is a temporal upscaler, not a model. Give it as --upscaler"),
-        (DEFAULT_TEXT_ENCODER, "is a text encoder, not a model. Give it as --text-encoder"),
-        (TEXT_ENCODER_GGUF, "is a text encoder, not a model. Give it as --text-encoder"),
-        ("demo-lora-teal", "is a LoRA, not a model. Give it as --lora"),
+        ("ltxv-spatial-upscaler-0.9.8", "is a spatial upscaler, not a model. Give it as upscaler"),
+        ("ltxv-temporal-upscaler-0.9.7", "is a temporal upscaler, not a model. Give it as upscaler"),
+        (DEFAULT_TEXT_ENCODER, "is a text encoder, not a model. Give it as text_encoder"),
+        (TEXT_ENCODER_GGUF, "is a text encoder, not a model. Give it as text_encoder"),
+        ("demo-lora-teal", "is a LoRA, not a model. Give it as loras"),
     ],
 )
 def test_a_component_is_refused_as_a_model(name: str, error: str) -> None:

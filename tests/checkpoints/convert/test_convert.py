@@ -149,7 +149,7 @@ def test_value_beyond_float16_is_refused_and_nothing_written(tmp_path: Path, val
         tmp_path / "tiny",
         weight_edits={"transformer": lambda module: module.proj_out.bias.fill_(value)},
     )
-    message = r"the tensor proj_out\.bias reaches .*; the maximum of float16 is 65504\. Use another --dtype"
+    message = r"the tensor proj_out\.bias reaches .*; the maximum of float16 is 65504\. Use another dtype"
     for out in ("folder", "x.safetensors"):
         with pytest.raises(CheckpointError, match=message):
             convert(file / MODEL_FILE, tmp_path / out, dtype=torch.float16)

@@ -320,7 +320,7 @@ def test_a_folder_with_a_text_encoder_is_complete(folder: Path) -> None:
     [
         ({}, "none of transformer/, vae/, latent_upsampler/ in it"),
         ({"a.safetensors": {}}, "Name one of the files in it: a.safetensors"),
-        ({"config.json": {"architectures": ["T5EncoderModel"]}}, "is a T5 text encoder.*--text-encoder"),
+        ({"config.json": {"architectures": ["T5EncoderModel"]}}, "is a T5 text encoder.*text_encoder"),
         ({"transformer/config.json": {"_class_name": "LTX2VideoTransformer3DModel"}}, "is LTX-2"),
         ({"vae/config.json": {"_class_name": "AutoencoderKLLTX2Video"}}, "is LTX-2"),
         ({"transformer/config.json": {"_class_name": "WanTransformer3DModel"}}, "has a WanTransformer3DModel"),

@@ -385,7 +385,7 @@ def test_an_incomplete_text_encoder_is_refused(tmp_path: Path, change: Mapping[s
             r"another family \(its architecture is flux\).*0\.9 to 0\.9\.8",
         ),
         ("t5", "enc.blk.0.attn_q.weight", {}, "a whole T5.*Use the encoder alone"),
-        ("t5encoder", "enc.blk.0.attn_q.weight", {}, "is a T5 text encoder, not a model.*--text-encoder"),
+        ("t5encoder", "enc.blk.0.attn_q.weight", {}, "is a T5 text encoder, not a model.*text_encoder"),
         ("ltxv", "audio_adaln_single.linear.weight", {}, "is LTX-2, another family"),
         ("pig", "model.layers.0.self_attn.q_proj.weight", {}, "not a checkpoint of the LTX-Video family"),
         ("ltxv", "x", {"split.count": 3}, "one of 3 splits.*gguf-split --merge"),

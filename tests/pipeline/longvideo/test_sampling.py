@@ -329,7 +329,7 @@ def test_progress_counts_each_window_s_own_number_of_steps(engine: Engine) -> No
     assert steps == [(0, first + second), (first, first + second)]
 
 
-@pytest.mark.parametrize(("free_megabytes", "flag"), [(60, "--window "), (12, "--size ")])
+@pytest.mark.parametrize(("free_megabytes", "flag"), [(60, "windows="), (12, "size=")])
 def test_window_that_does_not_fit_suggests_a_length_or_size_that_does(
     free_megabytes: int, flag: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
