@@ -47,7 +47,7 @@ def test_fields_become_flags_only_on_the_command_line(message: str) -> None:
     assert str(RequestError(message)).startswith("--")
 
 
-def test_every_flag_named_is_one_of_a_verb_and_every_field_one_of_the_package() -> None:
+def test_every_flag_and_field_of_the_table_exists() -> None:
     command = typer.main.get_command(app).commands["generate"]
     flags = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     assert set(FLAGS_BY_FIELD.values()) <= flags

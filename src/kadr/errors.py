@@ -34,6 +34,7 @@ class KadrError(Exception):
         limit: characters of a line; more only where two checksums or paths must be whole.
         topic: what it is about, in a word or two; "" where the class says enough.
         fix: flags that correct it, as `kadr doctor` prints them for pasting; "" where the message has the way out.
+        is_about_file: it names the keys of a file, which are the same wherever it is read; see `setting_names`.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class KadrError(Exception):
         limit: int = MAX_LINE,
         topic: str = "",
         fix: str = "",
+        is_about_file: bool = False,
     ) -> None:
         super().__init__("\n  ".join(one_line(line, limit) for line in (message, *details)))
-        self.topic, self.fix = topic, fix
+        self.topic, self.fix, self._is_about_file = topic, fix, is_about_file
 
     def __str__(self) -> str:
-        return speak(super().__str__())
+        return super().__str__() if self._is_about_file else speak(super().__str__())
 
 
 class RequestError(KadrError, ValueError):

@@ -79,7 +79,7 @@ _COMMAND = re.compile(r"`[^`]*`|\bkadr [a-z-]+[^.;`]*")  # to be typed in a shel
 
 
 class _Speech:
-    """How this process names settings: it is one for all of it, as its terminal is."""
+    """The way this process names settings: it is one for all of it, as its terminal is."""
 
     with_flags = False
 

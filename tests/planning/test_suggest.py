@@ -92,8 +92,8 @@ def test_a_long_run_warns_and_its_suggestion_takes_under_an_hour(engine: Engine,
     text = long_run_warning(engine, request_)
     assert text is not None
     assert "\n" not in text
-    width, height, frames = map(int, re.findall(r"--size (\d+)x(\d+) --frames (\d+) would take", text)[0])
-    assert "--model demo-distilled takes fewer steps" in text
+    width, height, frames = map(int, re.findall(r"size=(\d+)x(\d+) frames=(\d+) would take", text)[0])
+    assert "model=demo-distilled takes fewer steps" in text
     shorter = Request(PROMPT, size=(width, height), frames=frames, windows=request_.windows)
     assert engine.plan(shorter).seconds <= ONE_HOUR
     assert long_run_warning(engine, shorter) is None

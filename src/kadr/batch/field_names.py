@@ -9,7 +9,7 @@ from kadr.errors import RequestError
 from kadr.quoting import quote
 from kadr.request.request import Request
 from kadr.schema import REQUEST
-from kadr.validation import suggest_names
+from kadr.validation import near_names
 
 REQUEST_FIELDS = tuple(field.name for field in fields(Request))
 ROW_FIELDS = ("model", "lora", "loras", "image", "video", "control", "seconds", "width", "height", "output")
@@ -28,4 +28,6 @@ def refuse_unknown_fields(names: Iterable[str]) -> None:
     unknown = next((name for name in names if name not in FIELDS), None)
     if unknown is None:
         return
-    raise RequestError(f"there is no field {quote(unknown)}. {suggest_names(unknown, FIELDS, count=1)}")
+    near = near_names(unknown, FIELDS, count=1)
+    way_out = f"Did you mean {near[0]}?" if near else "docs/guides/batch.md lists the fields."
+    raise RequestError(f"there is no field {quote(unknown)}. {way_out}")

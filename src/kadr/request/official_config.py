@@ -185,14 +185,14 @@ class _ErrorContext:
 
     def error(self, key: object, problem: object) -> RequestError:
         """Returns an error that names the file, the section and the key."""
-        return RequestError(f"{self.path}: {self.section}{key} {problem}")
+        return RequestError(f"{self.path}: {self.section}{key} {problem}", is_about_file=True)
 
     def build(self, key: str, build: Callable[..., T], **values: Any) -> T:
         """Calls `build` with values of one key; an error names the key."""
         try:
             return build(**values)
         except RequestError as error:
-            raise self.error(key, f"is not valid: {error}") from error
+            raise self.error(key, f"is not valid: {error.args[0]}") from error
 
     def in_section(self, name: str) -> _ErrorContext:
         """Returns the context of a pass of the file."""

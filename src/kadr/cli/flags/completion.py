@@ -13,7 +13,7 @@ Completer = Callable[[str], list[str]]  # from what is typed so far
 
 _CHOICES = re.compile(r"[\w.-]+(\|[\w.-]+)+")  # of a flag's metavar: auto|cpu|cuda
 _ELLIPSIS = "..."
-_KINDS = {
+_KINDS_BY_FLAG = {
     "--upscaler": ("spatial upscaler", "temporal upscaler"),
     "--text-encoder": ("text encoder",),
     "--lora": (LORA,),
@@ -24,7 +24,7 @@ def completer_for(flag: str, metavar: str | None) -> Completer | None:
     """Returns what completes a flag's value; None where the shell's own way or none does."""
     metavar = metavar or ""
     if "NAME" in metavar.split("|") or metavar.startswith("NAME"):
-        return release_completer(*_KINDS.get(flag, ("model",)), with_files="PATH" in metavar)
+        return release_completer(*_KINDS_BY_FLAG.get(flag, ("model",)), with_files="PATH" in metavar)
     if flag == "--config":
         return _complete_config
     if _CHOICES.fullmatch(metavar) and metavar.lower() != metavar.upper():

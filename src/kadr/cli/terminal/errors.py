@@ -24,20 +24,20 @@ EXIT_ERROR = 1  # bad usage is 2, typer's own code
 DEBUG_VARIABLE = "KADR_DEBUG"  # environment variable: any value but "" and 0 shows tracebacks
 
 
-class _Speech:
-    """How much a command says: it is one for the whole process, as stderr is."""
+class _Voice:
+    """The amount that a command says: it is one for the whole process, as stderr is."""
 
     is_quiet = False
 
 
 def set_quiet(is_quiet: bool) -> None:
     """Keeps everything but errors from stderr, or no longer does."""
-    _Speech.is_quiet = is_quiet
+    _Voice.is_quiet = is_quiet
 
 
 def is_quiet() -> bool:
     """Returns whether --quiet was given."""
-    return _Speech.is_quiet
+    return _Voice.is_quiet
 
 
 def print_stderr(line: str, *, limit: int = MAX_LINE) -> None:
@@ -45,7 +45,7 @@ def print_stderr(line: str, *, limit: int = MAX_LINE) -> None:
 
     A message that cannot be printed is no reason to stop.
     """
-    if not _Speech.is_quiet:
+    if not _Voice.is_quiet:
         _write_stderr(line, limit)
 
 

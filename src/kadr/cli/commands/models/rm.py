@@ -30,10 +30,10 @@ def rm(name: Name, yes: Yes = False, as_json: options.Json = False) -> None:
     release = find_release(name)
     if release.repo is None:
         raise RequestError(f"{name} comes with kadr: it goes with `pip uninstall kadr`.")
-    kept = {entry: user for entry in required_releases(release)[1:] if (user := _other_user(entry, release))}
-    entries = [entry for entry in required_releases(release) if entry.repo is not None and entry not in kept]
+    shared = {entry: user for entry in required_releases(release)[1:] if (user := _other_user(entry, release))}
+    entries = [entry for entry in required_releases(release) if entry.repo is not None and entry not in shared]
     files = {path for entry in entries for path in hub.list_stored(str(entry.repo), entry.file_patterns)}
-    for entry, user in kept.items():
+    for entry, user in shared.items():
         print_stderr(f"{entry.name} stays: {user.name} needs it")
     if not files:
         raise RequestError(f"nothing of {name} is in the cache, {hub.cache_folder()}.")
