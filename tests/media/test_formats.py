@@ -93,6 +93,21 @@ def test_a_video_has_the_codec_frames_rate_and_colours_asked_for(tmp_path, name,
     assert read_metadata(path) == REQUEST
 
 
+@needs_ffprobe
+def test_an_mkv_gives_back_every_bit_of_frames_of_any_size(tmp_path):
+    frames = moving_frames(13)
+    path = write(tmp_path / "out.mkv", frames, Fraction(24000, 1001), metadata=REQUEST)
+    found = probe(path)
+    assert (found["codec_name"], found["nb_read_frames"], found["avg_frame_rate"]) == ("ffv1", "13", "24000/1001")
+    assert (found["pix_fmt"], found["color_space"], found["color_range"]) == ("bgr0", "gbr", "pc")
+    assert np.array_equal(decode_with_ffmpeg(path), frames)
+    assert read_metadata(path) == REQUEST
+    noise = np.random.default_rng(0)
+    for width, height in ((1, 1), (33, 47)):
+        pixels = noise.integers(0, 256, (3, height, width, 3)).astype(np.uint8)
+        assert np.array_equal(read_video(write(tmp_path / "out.mkv", pixels)).frames, pixels)
+
+
 @pytest.mark.parametrize(("name", "least"), [("out.gif", 28), ("out.webp", 37)])
 def test_an_animation_has_all_frames_at_their_rate_and_repeats(tmp_path, name, least):
     frames = moving_frames(13)
@@ -140,7 +155,7 @@ def test_several_frames_in_one_image_are_refused_with_the_way_out(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.webp", "f-%d.png", "f-%d.jpg"])
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.mkv", "out.gif", "out.webp", "f-%d.png", "f-%d.jpg"])
 def test_without_metadata_a_file_says_nothing_of_the_request(tmp_path, name):
     write(tmp_path / name, moving_frames(2), metadata={"prompt": "a secret"}, encoding=Encoding(with_metadata=False))
     for path in tmp_path.iterdir():
@@ -149,7 +164,7 @@ def test_without_metadata_a_file_says_nothing_of_the_request(tmp_path, name):
             read_metadata(path)
 
 
-@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.webp", "f-%d.png"])
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.mkv", "out.gif", "out.webp", "f-%d.png"])
 def test_what_is_known_only_at_the_end_is_in_the_file(tmp_path, name):
     notices: list[str] = []
     with VideoWriter(tmp_path / name, SIZE, FPS, metadata=lambda: {"notices": list(notices)}) as writer:
@@ -181,8 +196,10 @@ def test_an_interrupted_file_leaves_nothing_and_keeps_the_old_one(tmp_path, name
         ("out.gif", {"codec": "h264"}, "codec is h264, and .gif has none to choose"),
         ("out.webp", {"crf": 5}, "crf is 5, and .webp has none to choose"),
         ("out.mp4", {"crf": 52}, r"crf is 52; for h264 it must be a whole number from 0 \(best\) to 51"),
+        ("out.mkv", {"crf": 5}, r"crf is 5, and a \.mkv is lossless\. Leave it out"),
+        ("out.mkv", {"codec": "h264"}, r"codec is h264, which a \.mkv does not hold. Choose ffv1"),
         ("out.gif", {"keep_audio": True}, "a .gif holds no sound"),
-        ("out.mp4", {"codec": "divx"}, "codec is 'divx'; it must be one of h264, hevc, av1, vp9"),
+        ("out.mp4", {"codec": "divx"}, "codec is 'divx'; it must be one of h264, hevc, av1, vp9, ffv1"),
     ],
 )
 def test_what_a_format_cannot_do_is_refused(tmp_path, name, encoding, message):
@@ -200,9 +217,9 @@ def test_rates_and_sizes_beyond_a_format_are_refused(tmp_path):
 
 
 def test_every_codec_and_format_is_tested_here():
-    assert {codec for _, codec, _ in CODEC_CASES} == set(CODECS)
+    assert {codec for _, codec, _ in CODEC_CASES} | {"ffv1"} == set(CODECS)
     assert {suffix for form in OUTPUT_FORMATS for suffix in form.suffixes} == {
-        *(".mp4", ".webm", ".gif", ".webp", ".png", ".jpg"),
+        *(".mp4", ".webm", ".mkv", ".gif", ".webp", ".png", ".jpg"),
         ".jpeg",  # another name of .jpg
     }
 
@@ -241,7 +258,7 @@ def loudest_pitch(path: Path, start: float, seconds: float) -> float | None:
 
 
 @needs_ffprobe
-@pytest.mark.parametrize(("name", "codec"), [("out.mp4", "aac"), ("out.webm", "opus")])
+@pytest.mark.parametrize(("name", "codec"), [("out.mp4", "aac"), ("out.webm", "opus"), ("out.mkv", "opus")])
 def test_sound_of_a_clip_begins_and_ends_with_its_frames(tmp_path, name, codec):
     clip = write_clip_with_sound(tmp_path / "clip.mp4", 4.0)
     sound = Sound(clip, start=Fraction(1), delay=Fraction(1, 2), duration=Fraction(72, 24))

@@ -238,7 +238,7 @@ class Engine(StageAccess):
             transformer: used instead of the model's own.
             stores_paths: store where the model and the media lie, for `kadr rerun`; False stores only their names.
             encoding: codec and quality, sound and metadata. The ending of `path` decides on the format: .mp4, .webm,
-                .gif, .webp, and .png or .jpg for one frame or, as frame-%04d.png, for numbered frames.
+                .mkv, .gif, .webp, and .png or .jpg for one frame or, as frame-%04d.png, for numbered frames.
             kernels: "kernels" of another video's metadata: they are used again, for the same frames.
 
         Raises:

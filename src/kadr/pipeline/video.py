@@ -58,8 +58,8 @@ class Video:
         """Writes a file, beside `path` first, and renames it when complete.
 
         Args:
-            path: its ending decides on the format: .mp4, .webm, .gif, .webp, and .png or .jpg for one frame or, as
-                frame-%04d.png, for numbered frames.
+            path: its ending decides on the format: .mp4, .webm, .mkv, .gif, .webp, and .png or .jpg for one frame or,
+                as frame-%04d.png, for numbered frames.
             codec, crf, with_metadata: see `Encoding`.
 
         Raises:

@@ -42,7 +42,7 @@ RerunOutput = Annotated[
     Path | None,
     flag("--output", "PATH", "The file to write or replace, or - for stdout. [default: a new name beside FILE]"),
 ]
-Codec = Annotated[str | None, flag("--codec", "h264|hevc|av1|vp9", "Codec of an .mp4 (h264) or a .webm (vp9).")]
+Codec = Annotated[str | None, flag("--codec", "h264|hevc|av1|vp9|ffv1", "Codec of an .mp4 (h264) or a .webm (vp9).")]
 Crf = Annotated[
     int | None, flag("--crf", "N", "Quality of an .mp4 or .webm: 0 is the best, more is smaller. [default: 18, h264]")
 ]
@@ -137,8 +137,8 @@ class OutputFlags:
         flag(
             "--output",
             "PATH",
-            "The file to write or replace: .mp4, .webm, .gif, .webp, .png or .jpg (numbered: frame-%04d.png), or - for "
-            "stdout; several videos are new files, clip-1.mp4, clip-2.mp4, ... for clip.mp4. "
+            "The file to write or replace: .mp4, .webm, .mkv, .gif, .webp, .png or .jpg (numbered: frame-%04d.png), or - "
+            "for stdout; several videos are new files, clip-1.mp4, clip-2.mp4, ... for clip.mp4. "
             "[default: out.mp4, out-2.mp4, ...]",
         ),
     ] = None

@@ -1,6 +1,7 @@
-"""mp4 and webm: frames go through a codec into a container as they come, with sound if there is some.
+"""mp4, webm and mkv: frames go through a codec into a container as they come, with sound if there is some.
 
-Files use BT.709, limited range, and say so, which is what players assume for videos of these sizes.
+Files in 4:2:0 colour use BT.709, limited range, and say so, which is what players assume for videos of these sizes. An
+mkv keeps RGB, full range.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import av
 
 _BT709 = 1  # the same number in FFmpeg's enums of matrices, primaries and transfer curves
+_NO_MATRIX = 0  # in FFmpeg's enum of matrices: RGB
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
@@ -46,13 +48,15 @@ class ContainerEncoder(FrameEncoder):
         assert target.codec is not None
         path = str(target.partial.absolute())
         self._container = av.open(path, "w", format=target.form.name, options=self._container_options())
-        options = {"crf": str(target.crf), **_encoder_options(target.codec.encoder)}
+        quality = {} if target.crf is None else {"crf": str(target.crf)}
+        options = quality | _encoder_options(target.codec.encoder)
         self._stream = self._container.add_stream(target.codec.encoder, rate=target.fps, options=options)
         self._stream.width, self._stream.height = target.size.width, target.size.height
-        self._stream.pix_fmt = "yuv420p"
+        self._stream.pix_fmt = target.codec.pix_fmt
         codec = self._stream.codec_context
-        codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
-        codec.color_range = _LIMITED_RANGE
+        codec.color_primaries = codec.color_trc = _BT709
+        codec.colorspace = _NO_MATRIX if target.codec.is_lossless else _BT709
+        codec.color_range = _FULL_RANGE if target.codec.is_lossless else _LIMITED_RANGE
         if target.codec.encoder == "libx265":
             codec.codec_tag = "hvc1"  # Apple's players take no other
         if self._sound is not None:
@@ -74,13 +78,18 @@ class ContainerEncoder(FrameEncoder):
     def _convert(self, pixels: np.ndarray) -> av.VideoFrame:
         import av
 
-        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-            format="yuv420p",
-            dst_colorspace=_BT709,
-            src_color_range=_FULL_RANGE,
-            dst_color_range=_LIMITED_RANGE,
-            interpolation=swscale_flags(),
-        )
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        assert self.target.codec is not None
+        if self.target.codec.is_lossless:
+            frame = frame.reformat(format=self.target.codec.pix_fmt)
+        else:
+            frame = frame.reformat(
+                format=self.target.codec.pix_fmt,
+                dst_colorspace=_BT709,
+                src_color_range=_FULL_RANGE,
+                dst_color_range=_LIMITED_RANGE,
+                interpolation=swscale_flags(),
+            )
         frame.pts, frame.time_base = self._frames_encoded, 1 / self.target.fps
         return frame
 
@@ -154,7 +163,7 @@ def _encoder_options(encoder: str) -> dict[str, str]:
         return {"x265-params": "log-level=none"}
     if encoder == "libvpx-vp9":
         return {"b": "0", "deadline": "good", "cpu-used": "3", "row-mt": "1"}
-    return {"preset": "8"}
+    return {"preset": "8"} if encoder == "libsvtav1" else {}
 
 
 def swscale_flags() -> int:

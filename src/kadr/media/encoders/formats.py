@@ -20,15 +20,22 @@ class Codec:
 
     Args:
         encoder: FFmpeg's name of the encoder.
-        default_crf: visually lossless for most eyes.
+        default_crf: visually lossless for most eyes; None for a lossless codec, which has no quality to choose.
         max_crf: the smallest file; 0 is the best.
         min_side: of a frame, in pixels.
+        pix_fmt: FFmpeg's name of the pixel format: 4:2:0 colour, or RGB.
     """
 
     encoder: str
-    default_crf: int
+    default_crf: int | None
     max_crf: int
     min_side: int = 2
+    pix_fmt: str = "yuv420p"
+
+    @property
+    def is_lossless(self) -> bool:
+        """True if the decoded frames are the encoded ones."""
+        return self.default_crf is None
 
 
 CODECS = {
@@ -36,6 +43,7 @@ CODECS = {
     "hevc": Codec("libx265", 20, 51, min_side=16),
     "av1": Codec("libsvtav1", 24, 63, min_side=64),
     "vp9": Codec("libvpx-vp9", 20, 63),
+    "ffv1": Codec("ffv1", None, 0, min_side=1, pix_fmt="bgr0"),
 }
 
 
@@ -61,11 +69,12 @@ class OutputFormat:
 
 MP4 = OutputFormat("mp4", (".mp4",), ("h264", "hevc", "av1"), "aac")
 WEBM = OutputFormat("webm", (".webm",), ("vp9", "av1"), "libopus")
+MKV = OutputFormat("matroska", (".mkv",), ("ffv1",), "libopus")
 GIF = OutputFormat("gif", (".gif",), max_fps=50)  # players slow down what is faster
 WEBP = OutputFormat("webp", (".webp",), max_fps=100)
 PNG = OutputFormat("png", (".png",), is_image=True)
 JPEG = OutputFormat("jpeg", (".jpg", ".jpeg"), is_image=True)
-OUTPUT_FORMATS = (MP4, WEBM, GIF, WEBP, PNG, JPEG)
+OUTPUT_FORMATS = (MP4, WEBM, MKV, GIF, WEBP, PNG, JPEG)
 FORMATS_BY_SUFFIX = {suffix: form for form in OUTPUT_FORMATS for suffix in form.suffixes}
 
 
@@ -120,10 +129,12 @@ class Encoding:
                 if value is not None:
                     raise MediaError(f"{field} is {value}, and {ending} has none to choose. Leave it out.")
         if self.keep_audio and form.sound_encoder is None:
-            raise MediaError(f"a {ending} holds no sound. Write an .mp4 or a .webm, or do not ask for it.")
+            raise MediaError(f"a {ending} holds no sound. Write an .mp4, .webm or .mkv, or do not ask for it.")
         if name is not None and name not in form.codecs:
             raise MediaError(f"codec is {name}, which a {ending} does not hold. Choose {' or '.join(form.codecs)}.")
         codec = CODECS[name or form.codecs[0]] if form.codecs else None
+        if codec is not None and codec.is_lossless and self.crf is not None:
+            raise MediaError(f"crf is {show(self.crf)}, and a {ending} is lossless. Leave it out.")
         if codec is not None and not self._is_quality_of(codec):
             limits = f"for {name or form.codecs[0]} it must be a whole number from 0 (best) to {codec.max_crf}"
             raise MediaError(f"crf is {show(self.crf)}; {limits}.")
@@ -138,7 +149,7 @@ DEFAULT_ENCODING = Encoding()
 
 def check_size(form: OutputFormat, codec: Codec | None, size: Size) -> None:
     """Raises: MediaError: a file of this format cannot hold frames of this size."""
-    if codec is None:
+    if codec is None or codec.is_lossless:
         return
     if size.width % 2 or size.height % 2:  # 4:2:0 colour
         below = Size(max(2, size.width // 2 * 2), max(2, size.height // 2 * 2))
