@@ -131,4 +131,4 @@ demo-model: .venv/.test  ## train the bundled model again, from nothing
 
 clean:  ## remove what was built and made; .venv stays
 	rm -rf build dist out src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
-	find src tests train benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2> /dev/null || true
+	find src integrations tests train benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2> /dev/null || true

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "kadr"
-TREES = ("src/kadr", "tests", "benchmarks", "deploy", "train")
+TREES = ("src/kadr", "integrations", "tests", "benchmarks", "deploy", "train")
 LONGEST_TEST_NAME = 70
 
 # Words that nothing may say any more, in code, comments, docstrings or documents, and the word that took their place.

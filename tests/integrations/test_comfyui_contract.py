@@ -59,7 +59,7 @@ def test_listing_the_inputs_does_not_load_torch():
     assert run_python(LOAD + FAKE_FOLDERS + listing).strip() == "False"
 
 
-def test_without_kadr_the_nodes_are_drawn_and_a_run_says_how_to_install_it():
+def test_without_kadr_nodes_are_drawn_and_a_run_says_how_to_install_it():
     run = """
 for node in pack.NODE_CLASS_MAPPINGS.values(): node.INPUT_TYPES()
 print(pack.NODE_CLASS_MAPPINGS["KadrModel"].INPUT_TYPES()["required"]["model"][0])
@@ -79,7 +79,7 @@ def test_mappings_name_the_same_nodes(comfy: Comfy):
 
 
 @pytest.mark.parametrize("name", NODES)
-def test_a_node_declares_inputs_outputs_and_function_as_comfyui_reads_them(comfy: Comfy, name: str):
+def test_a_node_declares_what_comfyui_reads(comfy: Comfy, name: str):
     node = comfy.nodes[name]
     inputs = node.INPUT_TYPES()
     assert set(inputs) <= {"required", "optional"}
@@ -148,7 +148,7 @@ def test_links_of_other_types_and_values_out_of_range_are_refused(comfy: Comfy):
     assert errors_with("2", speed=2) == ["KadrGenerate has no input speed"]
 
 
-def test_files_of_comfyuis_folders_are_listed_with_gguf_and_extra_folders(comfy: Comfy, tmp_path: Path):
+def test_files_of_comfyuis_folders_are_listed_with_gguf(comfy: Comfy, tmp_path: Path):
     (comfy.models / "checkpoints" / "ltxv.safetensors").touch()
     (comfy.models / "checkpoints" / "old.ckpt").touch()
     (comfy.models / "diffusion_models" / "sub").mkdir()

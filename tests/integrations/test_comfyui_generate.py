@@ -81,7 +81,7 @@ def test_a_video_of_the_demo_is_that_of_the_engine_bit_for_bit(comfy: Comfy):
     assert np.array_equal(to_bytes(images), kadr.Engine.open("demo", device="cpu").generate(request).frames)
 
 
-def test_the_bar_goes_through_all_stages_once_and_previews_follow_comfyuis_setting(comfy: Comfy):
+def test_the_bar_goes_through_all_stages_once_with_previews_if_wanted(comfy: Comfy):
     comfy.run(workflow(TEXT, width=128, height=128, frames=9))
     assert all(preview is None for _, _, preview in comfy.bar)
     values = [value for value, total, _ in comfy.bar if total == 1000]
@@ -132,7 +132,7 @@ def test_the_model_leaves_memory_where_that_is_asked(comfy: Comfy, home: Path):
     assert not shared(comfy)._engine._model.module_cache.cached_names
 
 
-def test_loras_are_chained_and_their_strengths_do_not_load_the_model_again(comfy: Comfy, home: Path):
+def test_loras_are_chained_and_strengths_do_not_reload_the_model(comfy: Comfy, home: Path):
     for number, target in enumerate(("attn1.to_q", "attn2.to_v")):
         pairs = lora_files.block_pairs([target], seed=number)
         lora_files.write_lora_file(comfy.models / "loras" / f"{number}.safetensors", pairs, lora_files.comfy)
@@ -189,7 +189,7 @@ def test_controls_and_an_input_video_reach_the_request(comfy: Comfy, home: Path,
     assert request.negative_prompt is request.fps is None
 
 
-def test_the_stop_button_ends_a_video_at_once_and_the_next_one_is_made(comfy: Comfy, home: Path):
+def test_the_stop_button_ends_a_video_and_the_next_one_is_made(comfy: Comfy, home: Path):
     loaded = workflow(IMAGE, width=256, height=256, frames=257, steps=500)
     comfy.stop_after = 4
     with pytest.raises(Interrupted):

@@ -137,8 +137,8 @@ class OutputFlags:
         flag(
             "--output",
             "PATH",
-            "The file to write or replace: .mp4, .webm, .mkv, .gif, .webp, .png or .jpg (numbered: frame-%04d.png), or - "
-            "for stdout; several videos are new files, clip-1.mp4, clip-2.mp4, ... for clip.mp4. "
+            "The file to write or replace: .mp4, .webm, .mkv, .gif, .webp, .png or .jpg (numbered: frame-%04d.png), or "
+            "- for stdout; several videos are new files, clip-1.mp4, clip-2.mp4, ... for clip.mp4. "
             "[default: out.mp4, out-2.mp4, ...]",
         ),
     ] = None
