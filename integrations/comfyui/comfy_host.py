@@ -1,8 +1,9 @@
-"""ComfyUI's side of a generation: its memory, its stop button, its progress bar and previews."""
+"""ComfyUI's side of a generation: its memory, its stop button, its progress bar, previews, and what it is told."""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,29 @@ def interruptible() -> Iterator[Any]:
     finally:
         is_over.set()
         thread.join()
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Yields the messages of kadr's warnings in the block; ComfyUI's page would not show them. Others stay as they are.
+
+    Warnings belong to the process, and ComfyUI runs one workflow at a time.
+    """
+    from kadr import KadrWarning
+
+    messages: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", KadrWarning)
+        show = warnings.showwarning
+
+        def collect(message: Any, category: type[Warning], *args: Any, **options: Any) -> None:
+            if issubclass(category, KadrWarning):
+                messages.append(str(message))
+            else:
+                show(message, category, *args, **options)
+
+        warnings.showwarning = collect
+        yield messages
 
 
 class NodeProgress:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .comfy_host import NodeProgress, free_models, interruptible, wants_previews
+from .comfy_host import NodeProgress, collected_warnings, free_models, interruptible, wants_previews
 from .frame_files import FrameFiles
 from .kadr_package import import_kadr
 from .model_options import ModelOptions
@@ -85,16 +85,17 @@ class KadrGenerate:
         import torch
 
         # ComfyUI runs nodes in inference mode. Weights that were loaded in it could not be used outside of it later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), collected_warnings() as warned:
             engine = SHARED_ENGINE.get(model)
             try:
                 frames, fps, notices = _generate(engine, model, inputs)
             finally:
                 if not keep_loaded:
                     engine.unload()
-        for notice in notices:
-            LOGGER.warning("%s", notice)
-        return frames, fps, "\n".join(notices)
+        lines = list(dict.fromkeys((*warned, *notices)))
+        for line in lines:
+            LOGGER.warning("%s", line)
+        return frames, fps, "\n".join(lines)
 
 
 def _generate(engine: Any, model: ModelOptions, inputs: dict[str, Any]) -> tuple[Tensor, float, tuple[str, ...]]:

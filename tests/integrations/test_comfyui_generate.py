@@ -221,6 +221,16 @@ def test_batches_that_cannot_be_used_are_refused_with_the_way_out(comfy: Comfy, 
         comfy.run(loaded)
 
 
+def test_warnings_and_notices_are_an_output_of_the_node(comfy: Comfy, home: Path, caplog: pytest.LogCaptureFixture):
+    (model,) = comfy.nodes["KadrModel"]().load(MODEL_FILE, "as in the file", "auto", "auto")
+    (conditions,) = comfy.nodes["KadrImageCondition"]().add(torch.rand(1, 64, 160, 3), 0, 1.0)
+    *_, notices = comfy.nodes["KadrGenerate"]().generate(model, prompt="a", seed=0, **SMALL, conditions=conditions)
+    assert [line for line in notices.splitlines() if "loses 60%" in line]
+    assert [record.message for record in caplog.records if record.name == "kadr.comfyui"] == notices.splitlines()
+    *_, notices = comfy.nodes["KadrGenerate"]().generate(model, prompt="a", seed=0, **SMALL)
+    assert "loses" not in notices
+
+
 def test_errors_of_a_request_reach_the_page_as_they_are(comfy: Comfy, home: Path):
     with pytest.raises(ValueError, match="width is 64 and height is 0; give both, or 0 for both"):
         comfy.run(tiny(home, height=0))
