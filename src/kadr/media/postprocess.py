@@ -40,6 +40,11 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.float() * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """Converts float (3, F, H, W) in [0, 1] to float32 (F, H, W, 3) on the same device."""
+    return pixels.float().permute(1, 2, 3, 0).contiguous()
+
+
 def crop_margins(pixels: torch.Tensor, size: Size) -> torch.Tensor:
     """Crops the padding that made both sides multiples of 32.
 

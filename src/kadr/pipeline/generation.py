@@ -22,6 +22,7 @@ from kadr.pipeline.longvideo.sampling import (
     sample_windows,
 )
 from kadr.pipeline.modules import Modules
+from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.progress import Watch
 from kadr.pipeline.stages.control_networks import fetch_networks
 from kadr.pipeline.stages.decode import DecodeStage
@@ -46,6 +47,7 @@ class Generation:
         watch: called after every step.
         token: cancels it; see `cancel`.
         preview_map: for the previews of each step; None for none.
+        overrides: see `Overrides`.
     """
 
     def __init__(
@@ -56,14 +58,15 @@ class Generation:
         watch: Watch,
         token: CancelToken,
         preview_map: PreviewMap | None = None,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> None:
         self._token = token
         self.resolved, self.modules, self.prompt_encoder, self.watch = resolved, modules, prompt_encoder, watch
-        self.noise_streams = NoiseStreams(resolved.seed)
+        self.noise_streams = overrides.noise_source or NoiseStreams(resolved.seed)
         self.device = modules.device
         # Opened before any weight: an unreadable file must cost nothing.
-        self.media = Media(resolved, modules.notices.add)
-        self.denoise_stage = DenoiseStage(modules, resolved, self.noise_streams, watch, preview_map)
+        self.media = Media(resolved, modules.notices.add, overrides)
+        self.denoise_stage = DenoiseStage(modules, resolved, self.noise_streams, watch, preview_map, overrides)
 
     def cancel(self, reason: str = "") -> None:
         """Stops the work within a second or a layer, whichever is longer, with `Cancelled`, and leaves nothing.
@@ -169,16 +172,23 @@ class Generation:
         return [(1, channels, span.end - span.output_start, height, width) for span in self.resolved.spans]
 
     @torch.no_grad()
-    def decode(self, latents: Tensor | WindowedLatents, noise: Tensor | None = None) -> Generator[Tensor, None, None]:
+    def decode(
+        self, latents: Tensor | WindowedLatents, noise: Tensor | None = None, *, as_float: bool = False
+    ) -> Generator[Tensor, None, None]:
         """Decodes latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as requested.
 
         Latents of a long video may come window by window.
+
+        Args:
+            noise: decode noise in the shape of the latents, instead of the seed's.
+            as_float: yield float32 in [0, 1], not rounded to uint8.
         """
         if not isinstance(latents, WindowedLatents):
             self._require_shape(self.resolved.passes[-1], latents=latents, noise=noise)
             spans = self.resolved.spans
             latents = WindowedLatents.from_latents(latents, spans) if spans else latents.to(self.device)
-        yield from DecodeStage(self.modules, self.resolved, self.noise_streams, self.watch).decode(latents, noise)
+        stage = DecodeStage(self.modules, self.resolved, self.noise_streams, self.watch, as_float)
+        yield from stage.decode(latents, noise)
 
     def _check_initial_tensors(self, noise: Tensor | None, init_latents: Tensor | None) -> None:
         """Refuses noise and init_latents that do not fit the request, and sigmas that do not fit init_latents."""

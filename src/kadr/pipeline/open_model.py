@@ -12,6 +12,7 @@ from kadr.errors import Busy, CheckpointError
 from kadr.memory.module_cache import ModuleCache
 from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.notices import Notices
+from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.progress import Watch
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.stages.control_networks import fetch_networks
@@ -113,5 +114,12 @@ class OpenModel:
                 notices.add(f"there are no previews: {error or 'memory is full'}")
         return self._preview_map
 
-    def prompt_encoder(self, prompts: Sequence[str]) -> PromptEncoder:
-        return PromptEncoder(self.spec.tokenizer, self.prompt_cache, prompts)
+    def prompt_encoder(self, prompts: Sequence[str], overrides: Overrides = NO_OVERRIDES) -> PromptEncoder:
+        return PromptEncoder(
+            self.spec.tokenizer,
+            self.prompt_cache,
+            prompts,
+            length=overrides.prompt_length,
+            attends_padding=overrides.attends_padding,
+            embeddings=overrides.prompt_embeddings,
+        )

@@ -19,6 +19,7 @@ from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.modules import Modules, TrainedTransformer
 from kadr.pipeline.notices import Notices
 from kadr.pipeline.open_model import OpenModel
+from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.plan_request import plan_request
 from kadr.pipeline.progress import STAGES, OnLoad, Watch, ignore_loads, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
@@ -78,6 +79,7 @@ class StageAccess:
         on_load: OnLoad = ignore_loads,
         cancel: CancelToken | None = None,
         wait: bool = True,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Iterator[Generation]:
         """Yields the planned generation of a request, which has the engine for itself until the block ends.
 
@@ -89,6 +91,7 @@ class StageAccess:
             transformer: used instead of the model's own.
             watch, preview, cancel, wait: see `generate`.
             on_load: see `write`.
+            overrides: tensors and functions that take the place of what the generation computes itself.
 
         Raises:
             As `generate`.
@@ -99,7 +102,7 @@ class StageAccess:
             resolved = self._model.prepare(request, with_media=needs_media)
             if not stages:
                 check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
-            encoder = self._model.prompt_encoder(resolved.all_prompts if prompts is None else prompts)
+            encoder = self._model.prompt_encoder(resolved.all_prompts if prompts is None else prompts, overrides)
             cache = self._model.module_cache
             plan = plan_request(
                 self.spec,
@@ -114,7 +117,7 @@ class StageAccess:
             notices = Notices(self.spec.notices)
             modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer, on_load)
             preview_map = self._model.open_preview_map(notices, watch) if preview else None
-            generation = Generation(resolved, modules, encoder, watch, token, preview_map)
+            generation = Generation(resolved, modules, encoder, watch, token, preview_map, overrides)
             if prompts is None and (not stages or "text" in stages):
                 warn_of_prompts(resolved, self.spec)
             if transformer is None and (not stages or "denoise" in stages):

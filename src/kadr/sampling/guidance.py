@@ -6,6 +6,7 @@ guidance (STG).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,6 +56,10 @@ class Predictions(NamedTuple):
     perturbed: Tensor | None
 
 
+# predictions, guidance of the step and of the pass, tokens (B, N, C), sigma (B, 1 or N) -> velocity (B, N, C)
+Combine = Callable[[Predictions, StepGuidance, Guidance, Tensor, Tensor], Tensor]
+
+
 def guided_denoiser(
     model: VelocityModel,
     prompt_embeddings: PromptEmbeddings,
@@ -62,6 +67,7 @@ def guided_denoiser(
     guidance: Guidance,
     *,
     guidance_batch: bool = False,
+    combine_predictions: Combine | None = None,
 ) -> Denoiser:
     """Returns a denoiser that evaluates the model as guidance needs it and gives the guided velocity.
 
@@ -70,6 +76,7 @@ def guided_denoiser(
         guidance: an evaluation looks its lists up by its sigma.
         guidance_batch: evaluate both prompts in one batch: twice the activations, fewer kernel launches, the same
             numbers.
+        combine_predictions: used instead of `combine`.
     """
     # One object for all evaluations: a model may cache what it computes from prompt embeddings.
     both_embeddings = (
@@ -90,7 +97,7 @@ def guided_denoiser(
             step_guidance,
             guidance.stg_mode or ATTENTION_VALUES,
         )
-        return combine(predictions, step_guidance, guidance, tokens, token_sigmas)
+        return (combine_predictions or combine)(predictions, step_guidance, guidance, tokens, token_sigmas)
 
     return guided_velocity
 

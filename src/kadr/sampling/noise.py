@@ -9,9 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class NoiseSource(Protocol):
+    """Where a generation takes its noise from. A retried stage draws again: a name must always give the same noise."""
+
+    def draw(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Returns standard normal noise of a name and a shape, on any device."""
+        ...
 
 
 @dataclass(frozen=True)

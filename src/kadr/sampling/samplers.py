@@ -20,16 +20,25 @@ if TYPE_CHECKING:
 Denoiser = Callable[[float, "Tensor", "Tensor"], "Tensor"]
 DrawNoise = Callable[[int, "torch.Size"], "Tensor"]  # step index, shape -> standard normal noise, fp32
 PrepareState = Callable[[int, LatentState, "Tensor"], LatentState]  # step index, state, sigma -> state
+FinishStep = PrepareState
 WatchStep = Callable[[int, float, LatentState], None]  # step index, sigma, state after the step
 
 
 def keep_state(index: int, state: LatentState, sigma: Tensor) -> LatentState:
-    """Returns the state unchanged: a `prepare` without conditions."""
+    """Returns the state unchanged: a `prepare` without conditions, a `finish` for nobody."""
     return state
 
 
 def ignore_step(index: int, sigma: float, state: LatentState) -> None:
     """Does nothing: a `watch` for nobody."""
+
+
+class StopSampling(Exception):
+    """Raised by a `finish` to end sampling early, with the state it ends with."""
+
+    def __init__(self, state: LatentState) -> None:
+        super().__init__("sampling was stopped early")
+        self.state = state
 
 
 class SampleFunction(Protocol):
@@ -41,6 +50,7 @@ class SampleFunction(Protocol):
         sigmas: (S) fp32, decreasing, without the final 0, on the device of the state.
         noise: draws the fresh noise of a step, for samplers that add any.
         prepare: changes the state before each model evaluation; in one step it always draws the same noise.
+        finish: changes the state after each step, or raises `StopSampling`.
         watch: called after each step with its index, its sigma and the new state.
     """
 
@@ -52,6 +62,7 @@ class SampleFunction(Protocol):
         *,
         noise: DrawNoise,
         prepare: PrepareState = keep_state,
+        finish: FinishStep = keep_state,
         watch: WatchStep = ignore_step,
     ) -> LatentState: ...
 
@@ -81,6 +92,7 @@ def sample_euler(
     *,
     noise: DrawNoise | None = None,
     prepare: PrepareState = keep_state,
+    finish: FinishStep = keep_state,
     watch: WatchStep = ignore_step,
 ) -> LatentState:
     """Integrates the flow ODE with Euler steps, one evaluation each; see `SampleFunction`. `noise` is not drawn.
@@ -93,6 +105,7 @@ def sample_euler(
         velocity = denoiser(level, state.tokens, token_sigmas).to(state.tokens.dtype)
         following = next_sigma(token_sigmas, sigmas)
         state = state.advance(euler_step(state.tokens, velocity, token_sigmas, following), sigma)
+        state = finish(index, state, sigma)
         watch(index, level, state)
     return state
 
@@ -104,6 +117,7 @@ def sample_euler_stochastic(
     *,
     noise: DrawNoise,
     prepare: PrepareState = keep_state,
+    finish: FinishStep = keep_state,
     watch: WatchStep = ignore_step,
 ) -> LatentState:
     """Predicts the clean tokens at every step and adds fresh noise to them; see `SampleFunction`.
@@ -117,6 +131,7 @@ def sample_euler_stochastic(
         following = next_sigma(token_sigmas, sigmas)
         step_noise = noise(index, state.tokens.shape).to(state.tokens)
         state = state.advance(stochastic_step(state.tokens, velocity, token_sigmas, following, step_noise), sigma)
+        state = finish(index, state, sigma)
         watch(index, level, state)
     return state
 
@@ -128,6 +143,7 @@ def sample_res_2s(
     *,
     noise: DrawNoise | None = None,
     prepare: PrepareState = keep_state,
+    finish: FinishStep = keep_state,
     watch: WatchStep = ignore_step,
 ) -> LatentState:
     """Integrates the flow ODE with second-order steps of two evaluations each (RES 2S); see `SampleFunction`.
@@ -155,6 +171,7 @@ def sample_res_2s(
             middle_clean = middle.tokens - middle_sigmas[..., None] * middle_velocity
             tokens = res_2s_step(state.tokens, clean, middle_clean, token_sigmas, following)
         state = state.advance(tokens, sigma)
+        state = finish(index, state, sigma)
         watch(index, levels[index], state)
     return state
 

@@ -99,8 +99,11 @@ class Tokenizer:
         trimmed, markers = model.trim_fillers()
         return cls(*_from_sentencepiece(serialize_sentencepiece(trimmed), file, markers))
 
-    def encode(self, prompt: str) -> PromptTokens:
+    def encode(self, prompt: str, length: int = MAX_SEQUENCE_LENGTH) -> PromptTokens:
         """Tokenizes one prompt: surrounding space is dropped, nothing else is cleaned. "" is a lone end of sequence.
+
+        Args:
+            length: tokens that it is truncated and padded to, instead of 256.
 
         Raises:
             RequestError: the prompt cannot be encoded as UTF-8.
@@ -108,20 +111,20 @@ class Tokenizer:
         text = prompt.strip()
         _check_characters(text)
         text_ids = self._text_to_ids(text)
-        fitting = text_ids[: MAX_SEQUENCE_LENGTH - 1]
+        fitting = text_ids[: length - 1]
         if fitting[-1:] != [EOS_ID]:  # a prompt that ends in a literal </s> does not get a second one
             fitting.append(EOS_ID)
-        ids = torch.full((1, MAX_SEQUENCE_LENGTH), PAD_ID, dtype=torch.int64)
+        ids = torch.full((1, length), PAD_ID, dtype=torch.int64)
         ids[0, : len(fitting)] = torch.tensor(fitting)
-        mask = (torch.arange(MAX_SEQUENCE_LENGTH) < len(fitting))[None]
-        truncated_text = self._truncated_text(text) if len(text_ids) > MAX_SEQUENCE_LENGTH - 1 else ""
+        mask = (torch.arange(length) < len(fitting))[None]
+        truncated_text = self._truncated_text(text, length) if len(text_ids) > length - 1 else ""
         return PromptTokens(ids, mask, truncated_text, len(text_ids) + (text_ids[-1:] != [EOS_ID]))
 
-    def _truncated_text(self, text: str) -> str:
+    def _truncated_text(self, text: str, length: int) -> str:
         """Returns the end of a text that is too long. No token spans two words, so token counts grow word by word."""
         words = list(re.finditer(r"\S+", text))
         fitting_words = bisect_right(
-            words, MAX_SEQUENCE_LENGTH - 1, key=lambda word: len(self._text_to_ids(text[: word.end()]))
+            words, length - 1, key=lambda word: len(self._text_to_ids(text[: word.end()]))
         )
         return text[words[fitting_words].start() :]
 

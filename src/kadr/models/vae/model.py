@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,9 +89,17 @@ class VAE(nn.Module):
         moments = self.encode_moments(pixels, chunk_frames=chunk_frames)
         return self.statistics.normalise(moments.mean if noise is None else moments.sample(noise))
 
-    def encode_stream(self, chunks: Iterator[Tensor], frames: int) -> Tensor:
-        """Encodes pixels that come in chunks to normalised latents, the mean; see `encode_moments_stream`."""
-        return self.statistics.normalise(self.encode_moments_stream(chunks, frames).mean)
+    def encode_stream(
+        self, chunks: Iterator[Tensor], frames: int, draw_noise: Callable[[torch.Size], Tensor] | None = None
+    ) -> Tensor:
+        """Encodes pixels that come in chunks to normalised latents: the mean, or a sample; see `encode_moments_stream`.
+
+        Args:
+            draw_noise: draws the noise of a sample, in the shape of the mean; None for the mean.
+        """
+        moments = self.encode_moments_stream(chunks, frames)
+        noise = None if draw_noise is None else draw_noise(moments.mean.shape).to(moments.mean)
+        return self.statistics.normalise(moments.mean if noise is None else moments.sample(noise))
 
     def decode(
         self, latents: Tensor, *, timestep: Tensor | None = None, noise_source: NoiseSource | None = None

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kadr.media.postprocess import crop_margins, denormalize, resize_frames, to_uint8
+from kadr.media.postprocess import crop_margins, denormalize, resize_frames, to_float, to_uint8
 from kadr.memory.host_copies import copy_to_host
 from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.pipeline.finite_check import FiniteCheck
@@ -20,7 +20,7 @@ from kadr.pipeline.retry import retry_frames_in_fp32, retry_frames_on_oom
 from kadr.request.passes import window_stream_name
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.sampling.latents import tone_map
-from kadr.sampling.noise import NoiseStreams
+from kadr.sampling.noise import NoiseSource
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,14 @@ class DecodeStage:
 
     modules: Modules
     request: ResolvedRequest
-    noise_streams: NoiseStreams
+    noise_streams: NoiseSource
     watch: Watch
+    as_float: bool = False
 
     def decode(self, latents: Tensor | WindowedLatents, noise: Tensor | None) -> Iterator[Tensor]:
-        """Yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as requested, from latents (1, C, f, h, w).
+        """Yields frames (n, H, W, 3) on the CPU, cropped and trimmed as requested, from latents (1, C, f, h, w).
+
+        They are uint8, or with `as_float` float32 in [0, 1].
 
         Args:
             noise: decode noise in the shape of the latents, instead of the seed's, for decoders that take noise.
@@ -80,7 +83,7 @@ class DecodeStage:
             ):
                 finite_check.check(chunk, f"frame {frames_done + 1} of {request.frames}")
                 unit_range = crop_margins(resize_frames(denormalize(chunk[0]), sampled_size), request.size)
-                frames = to_uint8(unit_range)[: request.frames - frames_done]
+                frames = (to_float if self.as_float else to_uint8)(unit_range)[: request.frames - frames_done]
                 frames_done += len(frames)
                 if not frames.is_cuda:  # the next check would come too late
                     finite_check.synchronize()
@@ -114,7 +117,7 @@ class DecodeStage:
 class _InjectedNoise:
     """Source of the noise that a 0.9.1 decoder injects: one stream per injection, in the order they occur."""
 
-    def __init__(self, noise_streams: NoiseStreams) -> None:
+    def __init__(self, noise_streams: NoiseSource) -> None:
         self.noise_streams, self.count = noise_streams, 0
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:

@@ -17,6 +17,7 @@ from kadr.nn.rope import Rope
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import Guide
 from kadr.pipeline.modules import Modules
+from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.conditions import apply_condition
@@ -26,10 +27,10 @@ from kadr.request.passes import ResolvedPass, noise_stream_name
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.sampling.conditioning import add_image_noise
 from kadr.sampling.guidance import Perturbation, PromptEmbeddings, guided_denoiser
-from kadr.sampling.noise import NoiseStreams, move_noise
+from kadr.sampling.noise import NoiseSource, move_noise
 from kadr.sampling.positions import token_positions
 from kadr.sampling.reference_tokens import ReferenceTokens
-from kadr.sampling.samplers import EULER, SAMPLERS, Denoiser
+from kadr.sampling.samplers import EULER, SAMPLERS, Denoiser, StopSampling, keep_state
 from kadr.sampling.sigma_groups import SigmaGroups
 from kadr.sampling.state import LatentState
 from kadr.sampling.step_cache import PassCache
@@ -44,13 +45,15 @@ class DenoiseStage:
     Args:
         request: a resolved request.
         preview_map: for the previews of each step; None for none.
+        overrides: what takes the place of the sampling's own positions, guidance and steps.
     """
 
     modules: Modules
     request: ResolvedRequest
-    noise_streams: NoiseStreams
+    noise_streams: NoiseSource
     watch: Watch
     preview_map: PreviewMap | None = None
+    overrides: Overrides = NO_OVERRIDES
 
     def denoise_pass(
         self,
@@ -72,6 +75,8 @@ class DenoiseStage:
         return retry_in_fp32(self.modules, stage, retry_on_oom(self.modules, stage, sample)).latents()
 
     def _has_causal_positions(self, resolved_pass: ResolvedPass) -> bool:
+        if self.overrides.causal_positions is not None:
+            return self.overrides.causal_positions
         return self.modules.spec.transformer_config_of(resolved_pass.number - 1).causal_temporal_positioning
 
     def _build_state(
@@ -138,14 +143,18 @@ class DenoiseStage:
                 finite_check.check(state.tokens, f"step {index + 1} of {count}{location}")
                 progress.report(index + 1, sigma, None if preview is None else preview.render)
 
-            state = SAMPLERS[resolved_pass.settings.sampler or EULER].sample(
-                denoiser if preview is None else preview,
-                state,
-                torch.tensor(resolved_pass.sigmas, dtype=torch.float32, device=device),
-                noise=self._step_noise(resolved_pass, "stochastic"),
-                prepare=add_image_noise(self.request.image_noise, self._step_noise(resolved_pass, "condition")),
-                watch=watch,
-            )
+            try:
+                state = SAMPLERS[resolved_pass.settings.sampler or EULER].sample(
+                    denoiser if preview is None else preview,
+                    state,
+                    torch.tensor(resolved_pass.sigmas, dtype=torch.float32, device=device),
+                    noise=self._step_noise(resolved_pass, "stochastic"),
+                    prepare=add_image_noise(self.request.image_noise, self._step_noise(resolved_pass, "condition")),
+                    finish=self.overrides.finish_step or keep_state,
+                    watch=watch,
+                )
+            except StopSampling as stop:
+                state = stop.state
             finite_check.synchronize()
         return state
 
@@ -188,6 +197,7 @@ class DenoiseStage:
             uncond,
             resolved_pass.settings.guidance,
             guidance_batch=self.request.guidance_batch,
+            combine_predictions=self.overrides.combine_predictions,
         )
         return denoiser if pass_cache is None else pass_cache.wrap(denoiser)
 
@@ -222,7 +232,7 @@ class StepPreview:
 class StepNoise:
     """Noise for each step of a pass, one stream per step, on a device."""
 
-    noise_streams: NoiseStreams
+    noise_streams: NoiseSource
     stream_name: str
     device: torch.device
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from kadr.media.image import Notify
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.modules import Modules
+from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.control_networks import build_map_renderers, fetch_networks
@@ -46,26 +47,36 @@ class Media:
 
     Args:
         notify: called with a sentence about what kadr changes in an image, such as its transparent pixels.
+        overrides: pixels that take the place of files.
 
     Raises:
         MediaError: a file cannot be read, or an image or clip is too small.
     """
 
-    def __init__(self, resolved: ResolvedRequest, notify: Notify | None = None) -> None:
-        self.resolved = resolved
+    def __init__(
+        self, resolved: ResolvedRequest, notify: Notify | None = None, overrides: Overrides = NO_OVERRIDES
+    ) -> None:
+        self.resolved, self._overrides = resolved, overrides
         uses = [frames.media for item in resolved.media for frames in _frames_of(item)]
         uses += [control.media for item in resolved.media for control in item.controls]
-        self._opened = OpenedMedia([*uses, *(control.media for control in resolved.controls)], notify)
+        files = [media for media in uses if media.path not in overrides.pixels]
+        self._opened = OpenedMedia([*files, *(control.media for control in resolved.controls)], notify)
         all_frames = [condition.frames for conditions in resolved.conditions_by_pass for condition in conditions]
         all_frames += [frames for item in resolved.media for frames in _frames_of(item)]
         self.prepared_frames = {
-            frames: PreparedFrames.from_media(frames, resolved.image_crf, self._opened)
+            frames: self._prepare(frames)
             for frames in dict.fromkeys(all_frames)
         }
         self.prepared_controls = {
             control: PreparedControl.from_media(control, self._opened)
             for control in dict.fromkeys(control for item in resolved.media for control in item.controls)
         }
+
+    def _prepare(self, frames: PassFrames) -> PreparedFrames:
+        pixels = self._overrides.pixels.get(frames.media.path)
+        if pixels is not None:
+            return PreparedFrames.from_pixels(frames, pixels)
+        return PreparedFrames.from_media(frames, self.resolved.image_crf, self._opened)
 
     @torch.no_grad()
     def encode(
@@ -98,7 +109,8 @@ class Media:
         def prepared(key: PassFrames | PassControl) -> PreparedFrames | PreparedControl:
             return self.prepared_frames[key] if isinstance(key, PassFrames) else controls[key]
 
-        encode = retry_on_oom(modules, "encode", partial(_encode_inputs, modules, media, prepared, watch))
+        draw_noise = self._overrides.draw_media_noise
+        encode = retry_on_oom(modules, "encode", partial(_encode_inputs, modules, media, prepared, watch, draw_noise))
         return retry_in_fp32(modules, "encode", encode)
 
     def _with_map_renderers(self, networks: dict[str, list[Path]], watch: Watch) -> dict[PassControl, PreparedControl]:
@@ -124,9 +136,15 @@ def _encode_inputs(
     media: Sequence[PassMedia],
     prepared: Callable[[PassFrames | PassControl], PreparedFrames | PreparedControl],
     watch: Watch,
+    draw_noise: Callable[[str, torch.Size], Tensor] | None,
     dtype: torch.dtype | None,
 ) -> list[EncodedInputs]:
-    """Encodes the inputs of all passes or windows. dtype: dtype to compute in, instead of the plan's."""
+    """Encodes the inputs of all passes or windows.
+
+    Args:
+        draw_noise: see `Overrides.draw_media_noise`.
+        dtype: dtype to compute in, instead of the plan's.
+    """
     encoded: dict[PassFrames | PassControl, Tensor] = {}  # several windows may show one image
     count = len({key for item in media for key in (*_frames_of(item), *item.controls)})
     device = modules.device
@@ -138,7 +156,8 @@ def _encode_inputs(
             if key not in encoded:
                 pixels = prepared(key)
                 chunks = pixels.chunks(ENCODE_CHUNK_FRAMES, device=device, dtype=stage_dtype)
-                latents = vae.encode_stream(chunks, len(pixels.frames)).float()
+                draw = None if draw_noise is None else partial(draw_noise, key.media.path)
+                latents = vae.encode_stream(chunks, len(pixels.frames), draw).float()
                 encoded[key] = latents
                 finite_check.check(latents, f"image or clip {len(encoded)} of {count}")
                 progress.report(len(encoded))

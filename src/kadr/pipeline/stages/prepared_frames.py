@@ -68,7 +68,8 @@ class PreparedFrames:
     Args:
         frames: 8k+1 frames.
         size, crf, sampled_size, resize: see `prepare_image`.
-        image_tensor: a single image, prepared at once: float32 (1, 3, 1, H, W); None for a clip.
+        pixels: frames prepared at once, a single image's or those of a caller: float32 (1, 3, F, H, W); None for a
+            clip that is read.
     """
 
     frames: Frames
@@ -76,7 +77,7 @@ class PreparedFrames:
     crf: int
     sampled_size: Size
     resize: bool = False
-    image_tensor: Tensor | None = None
+    pixels: Tensor | None = None
 
     @classmethod
     def from_media(cls, pass_frames: PassFrames, crf: int, opened: OpenedMedia) -> PreparedFrames:
@@ -91,14 +92,20 @@ class PreparedFrames:
         is_single_image = not isinstance(frames, ClipReader)
         return cls(frames, size, crf, sampled_size, resize, image_tensor if is_single_image else None)
 
+    @classmethod
+    def from_pixels(cls, pass_frames: PassFrames, pixels: Tensor) -> PreparedFrames:
+        """Wraps frames (1, 3, 8k+1, H, W) in [-1, 1] that are in memory, at the size that is encoded."""
+        names = [pass_frames.media.path] * pixels.shape[2]
+        return cls(names, pass_frames.size, 0, pass_frames.sampled_size, pixels=pixels)
+
     def chunks(self, chunk_frames: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yields chunks of `chunk_frames` frames (the last may be shorter), (1, 3, n, H, W) in [-1, 1].
 
         Raises:
             MediaError: a file has changed since it was opened.
         """
-        if self.image_tensor is not None:
-            yield self.image_tensor.to(device, dtype)
+        if self.pixels is not None:
+            yield from (chunk.to(device, dtype) for chunk in self.pixels.split(chunk_frames, dim=2))
             return
         images = (prepare_image(f, self.size, self.crf, self.sampled_size, resize=self.resize) for f in self.frames)
         for start in range(0, len(self.frames), chunk_frames):
