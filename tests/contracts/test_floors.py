@@ -26,7 +26,7 @@ FLOORS = (  # from the lowest up; __init__ re-exports the public names and may i
     "training bench jobs",
     "batch diagnosis selftest",
     "__init__",
-    "server",
+    "diffusers server",
     "cli",
     "__main__",
 )

@@ -123,9 +123,7 @@ class Tokenizer:
     def _truncated_text(self, text: str, length: int) -> str:
         """Returns the end of a text that is too long. No token spans two words, so token counts grow word by word."""
         words = list(re.finditer(r"\S+", text))
-        fitting_words = bisect_right(
-            words, length - 1, key=lambda word: len(self._text_to_ids(text[: word.end()]))
-        )
+        fitting_words = bisect_right(words, length - 1, key=lambda word: len(self._text_to_ids(text[: word.end()])))
         return text[words[fitting_words].start() :]
 
 

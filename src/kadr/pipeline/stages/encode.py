@@ -63,10 +63,7 @@ class Media:
         self._opened = OpenedMedia([*files, *(control.media for control in resolved.controls)], notify)
         all_frames = [condition.frames for conditions in resolved.conditions_by_pass for condition in conditions]
         all_frames += [frames for item in resolved.media for frames in _frames_of(item)]
-        self.prepared_frames = {
-            frames: self._prepare(frames)
-            for frames in dict.fromkeys(all_frames)
-        }
+        self.prepared_frames = {frames: self._prepare(frames) for frames in dict.fromkeys(all_frames)}
         self.prepared_controls = {
             control: PreparedControl.from_media(control, self._opened)
             for control in dict.fromkeys(control for item in resolved.media for control in item.controls)

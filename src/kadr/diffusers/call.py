@@ -1,0 +1,325 @@
+"""One call of a pipeline: its arguments, checked, and its videos, one by one through `Engine.start`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kadr.diffusers.base import LTXBasePipeline
+from kadr.diffusers.callback import StepCallback
+from kadr.diffusers.noise import DECODE, INITIAL, GeneratorNoise, check_generators, video_noise
+from kadr.diffusers.outputs import LATENT, LTXPipelineOutput, check_output_type, format_videos
+from kadr.diffusers.prompts import Prompts
+from kadr.diffusers.schedule import Timesteps
+from kadr.errors import RequestError
+from kadr.pipeline.display.progress_bar import ProgressBar
+from kadr.pipeline.engine import Engine
+from kadr.pipeline.generation import Generation
+from kadr.pipeline.overrides import Overrides
+from kadr.pipeline.progress import Watch, ignore_progress
+from kadr.quoting import quote
+from kadr.request.inputs import Condition
+from kadr.request.pass_media import PassCondition, PassFrames, PassMedia
+from kadr.request.passes import Evaluation
+from kadr.request.request import Request
+from kadr.request.resolved_conditions import ResolvedCondition
+from kadr.request.resolved_media import ResolvedMedia
+from kadr.request.resolved_request import ResolvedRequest
+from kadr.sampling.conditioning import PREFIX_LATENT_FRAMES
+from kadr.sampling.guidance import Predictions
+from kadr.sampling.samplers import EULER
+from kadr.sampling.settings import Guidance, StepGuidance
+from kadr.sampling.state import to_latents, to_tokens
+from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid, Size
+from kadr.validation import check_range, is_whole_number
+
+SEED_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or clip that a video is conditioned on.
+
+    Args:
+        name: stands for a path.
+        pixels: float32 (1, 3, 8k+1, H, W) in [-1, 1].
+    """
+
+    name: str
+    pixels: Tensor
+    frame: int = 0
+    strength: float = 1.0
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.pixels.shape[2] - 1) // TEMPORAL_COMPRESSION + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Arguments of a call that all pipelines have, and what each pipeline decides.
+
+    Args:
+        media: of each video; () without any.
+        initial_latents: (B, C, f, h, w) at the first sigma, instead of noise.
+        clean_latents: (B, C, f, h, w) that noise is mixed into at the first sigma.
+        causal_positions, attends_padding: see `Overrides`.
+        float_guidance: predictions are combined in float32 instead of the model's dtype.
+        draws_media_first: the latents of media are sampled before the initial noise.
+        packs_latents: latents are returned as tokens (B, N, C).
+    """
+
+    prompts: Prompts
+    size: Size
+    frames: int
+    frame_rate: float
+    timesteps: Timesteps
+    guidance_scale: float
+    guidance_rescale: float
+    generator: Any
+    decode_timestep: Any
+    decode_noise_scale: Any
+    output_type: str
+    return_dict: bool
+    attention_kwargs: dict[str, Any] | None
+    callback: StepCallback
+    causal_positions: bool
+    attends_padding: bool
+    float_guidance: bool
+    draws_media_first: bool
+    packs_latents: bool
+    image_noise: float = 0.0
+    media: Sequence[Sequence[Medium]] = ()
+    initial_latents: Tensor | None = None
+    clean_latents: Tensor | None = None
+
+    @property
+    def grid(self) -> LatentGrid:
+        return LatentGrid.for_video(self.size, self.frames)
+
+    def media_of(self, index: int) -> Sequence[Medium]:
+        """Returns the media of one video; those of the only entry are every video's."""
+        return self.media[index if len(self.media) > 1 else 0] if self.media else ()
+
+
+def check_size(height: Any, width: Any, num_frames: Any) -> tuple[Size, int]:
+    """Returns the size, and the number of frames rounded down to 8k+1.
+
+    Raises:
+        RequestError: a side is not a multiple of 32, or there is no frame.
+    """
+    for name, value in (("height", height), ("width", width)):
+        if not is_whole_number(value) or value < 1 or value % SPATIAL_COMPRESSION:
+            below = max(1, value // SPATIAL_COMPRESSION) * SPATIAL_COMPRESSION if is_whole_number(value) else 512
+            raise RequestError(
+                f"{name} is {quote(value)}; it must be a multiple of {SPATIAL_COMPRESSION}, such as {below}."
+            )
+    if not is_whole_number(num_frames) or num_frames < 1:
+        raise RequestError(f"num_frames is {quote(num_frames)}; it must be a whole number, 1 or more.")
+    return Size(width, height), (num_frames - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1
+
+
+def unpack_latents(latents: Any, call_grid: LatentGrid, channels: int) -> Tensor:
+    """Returns packed latents (B, N, C) as (B, C, f, h, w).
+
+    Raises:
+        RequestError: they have another shape.
+    """
+    expected = (call_grid.num_tokens, channels)
+    if not isinstance(latents, Tensor) or latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
+        shape = tuple(latents.shape) if isinstance(latents, Tensor) else quote(latents)
+        raise RequestError(f"latents are {shape}; they must be packed tokens (B, {expected[0]}, {expected[1]}).")
+    return to_latents(latents.float(), call_grid)
+
+
+def run(pipeline: LTXBasePipeline, call: Call) -> Any:
+    """Makes the videos of a call, and returns them as the script asks for."""
+    check_output_type(call.output_type)
+    pipeline._interrupt, pipeline._guidance_scale, pipeline._guidance_rescale = (
+        False,
+        float(call.guidance_scale),
+        float(call.guidance_rescale),
+    )
+    pipeline._num_timesteps, pipeline._attention_kwargs = len(call.timesteps.timesteps), call.attention_kwargs
+    engine, batch = pipeline.engine, call.prompts.num_videos
+    generators = check_generators(call.generator, batch)
+    noise = GeneratorNoise(generators, batch, engine.spec.dtype) if generators else None
+    seed = int(torch.randint(SEED_LIMIT, ()))  # torch.manual_seed repeats it
+    call.callback.check_batch(batch)
+    if noise is not None:
+        _reserve(noise, call, engine.spec.transformer_config.in_channels)
+    outputs = []
+    for index in range(batch):
+        source = video_noise(noise, index, call.grid.num_tokens, seed)
+        outputs.append(_VideoRun(pipeline, engine, call, index, source).run())
+    if call.output_type == LATENT:
+        latents = torch.cat(outputs)
+        videos: Any = to_tokens(latents) if call.packs_latents else latents
+    else:
+        videos = format_videos(outputs, call.output_type)
+    return LTXPipelineOutput(videos) if call.return_dict else (videos,)
+
+
+def _reserve(noise: GeneratorNoise, call: Call, channels: int) -> None:
+    """Draws what diffusers draws before the first step, in its order."""
+    grid, batch = call.grid, call.prompts.num_videos
+    shape = (1, channels, grid.frames, grid.height, grid.width)
+
+    def reserve_media() -> None:
+        for index, media in enumerate(call.media):
+            for number, medium in enumerate(media):
+                latents_shape = (1, channels, medium.latent_frames, grid.height, grid.width)
+                noise.reserve(medium.name, latents_shape, 1, index if call.draws_media_first else None)
+                if medium.frame:
+                    prefix = (1, channels, min(medium.latent_frames, PREFIX_LATENT_FRAMES), grid.height, grid.width)
+                    noise.reserve(f"keyframe {number}", prefix, 1)
+
+    if call.draws_media_first:
+        reserve_media()
+    if call.initial_latents is None:
+        noise.reserve(INITIAL, shape, batch)
+    if not call.draws_media_first:
+        reserve_media()
+
+
+@dataclass(frozen=True)
+class _VideoRun:
+    """One video of a call."""
+
+    pipeline: LTXBasePipeline
+    engine: Engine
+    call: Call
+    index: int
+    noise_source: Any
+
+    def run(self) -> Tensor:
+        """Returns latents (1, C, f, h, w), or frames float32 (F, H, W, 3) in [0, 1], on the CPU."""
+        call, uses_cfg = self.call, self.pipeline.do_classifier_free_guidance
+        resolved = self._resolve()
+        embeddings = call.prompts.embeddings_of(self.index, uses_cfg)
+        stages = {"encode", "denoise"} | ({"text"} if not embeddings else set())
+        stages |= {"decode"} if call.output_type != LATENT else set()
+        overrides = Overrides(
+            noise_source=self.noise_source,
+            prompt_embeddings=embeddings,
+            prompt_length=call.prompts.max_length,
+            attends_padding=call.attends_padding,
+            pixels={medium.name: medium.pixels for medium in call.media_of(self.index)},
+            draw_media_noise=self.noise_source.draw,
+            causal_positions=call.causal_positions,
+            combine_predictions=self._combine,
+            finish_step=call.callback.bind(self.pipeline, call.timesteps, call.grid.num_tokens),
+        )
+        watch: Watch = ProgressBar() if self.pipeline._shows_progress else ignore_progress
+        with self.engine.start(resolved, stages=stages, overrides=overrides, watch=watch) as generation:
+            call.callback.watch_embeddings(generation, uses_cfg)
+            latents = self._denoise(generation)
+            return latents.cpu() if call.output_type == LATENT else self._decode(generation, latents)
+
+    def _denoise(self, generation: Generation) -> Tensor:
+        call = self.call
+        noise, init = (
+            None if item is None else item[self.index : self.index + 1] if len(item) > 1 else item
+            for item in (call.initial_latents, call.clean_latents)
+        )
+        latents = generation.denoise(noise, init_latents=init)
+        if call.timesteps.has_zero and call.media and call.image_noise and not self.pipeline.interrupt:
+            tokens = call.grid.num_tokens + sum(
+                min(medium.latent_frames, PREFIX_LATENT_FRAMES) * call.grid.height * call.grid.width
+                for medium in call.media_of(self.index)
+                if medium.frame
+            )
+            # At the timestep 0 diffusers changes nothing, but draws.
+            self.noise_source.draw(f"condition {len(call.timesteps.sigmas)}", (1, tokens, latents.shape[1]))
+        return latents
+
+    def _decode(self, generation: Generation, latents: Tensor) -> Tensor:
+        noise = None
+        if generation.spec.vae_config.timestep_conditioning:
+            noise = self.noise_source.draw(DECODE, latents.shape).to(latents)
+            with generation.modules.latent_statistics() as vae:
+                # diffusers mixes noise in after the latents are denormalised, kadr before.
+                noise = vae.statistics.normalise(noise)
+        return torch.cat(list(generation.decode(latents, noise, as_float=True)))
+
+    def _resolve(self) -> ResolvedRequest:
+        """Returns the resolved request, with diffusers' sigmas, and its media in memory."""
+        call, uses_cfg = self.call, self.pipeline.do_classifier_free_guidance
+        prompt, negative_prompt = call.prompts.texts_of(self.index)
+        timestep, noise_scale = self._decode_settings()
+        request = Request(
+            prompt,
+            negative_prompt=negative_prompt,
+            size=call.size,
+            frames=call.frames,
+            fps=call.frame_rate,
+            multi_scale=False,
+            sampler=EULER,
+            tone_map=0.0,
+            guidance=Guidance(
+                cfg_scale=max(1.0, call.guidance_scale), stg_scale=0.0, rescale=1.0, cfg_star=False, apg=-1.0
+            ),
+            image_noise=call.image_noise,
+            decode_timestep=timestep,
+            decode_noise=noise_scale,
+            lora_strengths=self.pipeline.lora_strengths(call.attention_kwargs),
+        )
+        self.engine.prepare(request)
+        resolved = self.engine.resolve(request)
+        (only_pass,) = resolved.passes
+        guidance = StepGuidance(call.guidance_scale if uses_cfg else 1.0, 0.0, 1.0, ())
+        evaluations = tuple((Evaluation(sigma, guidance),) for sigma in call.timesteps.sigmas)
+        only_pass = replace(only_pass, sigmas=call.timesteps.sigmas, evaluations=evaluations)
+        conditions = tuple(_pass_condition(medium, call.size) for medium in call.media_of(self.index))
+        return replace(
+            resolved,
+            passes=(only_pass,),
+            conditions=tuple(item.resolved_condition for item in conditions),
+            conditions_by_pass=(conditions,),
+            media=(PassMedia(conditions),),
+        )
+
+    def _decode_settings(self) -> tuple[float, float]:
+        """Returns the decode timestep, and the share of decode noise; as in diffusers, by default the same."""
+        timestep = _value_of(self.call.decode_timestep, self.index, "decode_timestep")
+        scale = timestep
+        if self.call.decode_noise_scale is not None:
+            scale = _value_of(self.call.decode_noise_scale, self.index, "decode_noise_scale")
+        dtype = self.engine.spec.dtype
+        rounded = (float(torch.tensor(value, dtype=dtype)) for value in (timestep, scale))
+        first, second = rounded
+        return first, second
+
+    def _combine(
+        self, predictions: Predictions, step: StepGuidance, guidance: Guidance, tokens: Tensor, sigma: Tensor
+    ) -> Tensor:
+        """Computes CFG with diffusers' rescaling; the pipeline's scales may change from step to step."""
+        cond, uncond, _ = predictions
+        scale, rescale = self.pipeline._guidance_scale, self.pipeline._guidance_rescale
+        if self.call.float_guidance:
+            cond, uncond = cond.float(), None if uncond is None else uncond.float()
+        if uncond is None or scale <= 1:
+            return cond
+        velocity = uncond + scale * (cond - uncond)
+        if rescale > 0:
+            ratio = (cond.flatten(1).std(1) / velocity.flatten(1).std(1))[:, None, None]
+            velocity = rescale * (velocity * ratio) + (1 - rescale) * velocity
+        return velocity
+
+
+def _pass_condition(medium: Medium, size: Size) -> PassCondition:
+    frames = medium.pixels.shape[2]
+    condition = Condition(medium.name, frame=medium.frame, strength=medium.strength, is_clip=frames > 1)
+    media = ResolvedMedia(medium.name, size.width, size.height, tuple(range(frames)), is_clip=frames > 1)
+    return PassCondition(ResolvedCondition(condition, media, medium.frame), PassFrames(media, size, size))
+
+
+def _value_of(value: Any, index: int, name: str) -> float:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    chosen = values[index if len(values) > 1 else 0] if index < len(values) or len(values) == 1 else None
+    check_range(name, chosen, 0.0, 1.0)
+    return float(chosen)  # type: ignore[arg-type]
