@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,14 +14,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoTokenizer, T5EncoderModel
 
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.convert.convert import convert_checkpoint
 from kadr.sampling.schedules import Schedule
-from tests.tiny_models import LINEAR_QUADRATIC, MODEL_FILE, SHIFTED, write_model
+from tests.tiny_models import LINEAR_QUADRATIC, MODEL_FILE, SHIFTED, write_model, write_random_upscaler
 
-COMPONENTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
 PROMPT, NEGATIVE_PROMPT = "a red circle moving right over the sea", "birds fly slowly"
 OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
@@ -66,8 +65,11 @@ def write_folder(root: Path, *, family: str, schedule: Schedule) -> Path:
     )
     folder = root / "folder"
     convert_checkpoint(Checkpoint.open(home / MODEL_FILE), folder)
-    for name in ("text_encoder", "tokenizer"):
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, kind in (("text_encoder", "T5EncoderModel"), ("tokenizer", "T5TokenizerFast")):
         (home / name).rename(folder / name)
+        index[name] = ["transformers", kind]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -87,17 +89,25 @@ Oracle = Callable[[str, Path], Any]
 
 
 @pytest.fixture(scope="session")
+def upscaler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny spatial upscaler as a folder that diffusers and kadr read."""
+    root = tmp_path_factory.mktemp("upscaler")
+    convert_checkpoint(Checkpoint.open(write_random_upscaler(root / "upscaler.safetensors")), root / "folder")
+    index = {
+        "_class_name": "LTXLatentUpsamplePipeline",
+        "latent_upsampler": ["ltx", "LTXLatentUpsamplerModel"],
+        "vae": ["diffusers", "AutoencoderKLLTXVideo"],
+    }
+    (root / "folder" / "model_index.json").write_text(json.dumps(index))
+    return root / "folder"
+
+
+@pytest.fixture(scope="session")
 def oracle() -> Oracle:
     """Returns diffusers' own pipeline of a name and a folder."""
 
     def build(name: str, folder: Path) -> Any:
-        pipeline = getattr(diffusers, name)(
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-            vae=diffusers.AutoencoderKLLTXVideo.from_pretrained(folder / "vae"),
-            text_encoder=T5EncoderModel.from_pretrained(folder / "text_encoder"),
-            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            transformer=diffusers.LTXVideoTransformer3DModel.from_pretrained(folder / "transformer"),
-        )
+        pipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -89,8 +89,13 @@ def test_lora_equals_diffusers(is_fused: bool, folder: Path, oracle: Oracle, doo
 
 
 def test_several_videos_equal_diffusers(folder: Path, oracle: Oracle, door: Oracle) -> None:
-    pipelines = [build("LTXPipeline", folder) for build in (oracle, door)]
-    assert_same(*pipelines, num_videos_per_prompt=2)
+    latents = [
+        build("LTXPipeline", folder)(
+            **OPTIONS, num_videos_per_prompt=2, generator=generator(), output_type="latent"
+        ).frames
+        for build in (oracle, door)
+    ]
+    assert relative_error(latents[1], latents[0]) < TOLERANCE
 
 
 def test_one_generator_for_each_video_equals_diffusers(folder: Path, oracle: Oracle, door: Oracle) -> None:

@@ -226,16 +226,7 @@ class _VideoRun:
             None if item is None else item[self.index : self.index + 1] if len(item) > 1 else item
             for item in (call.initial_latents, call.clean_latents)
         )
-        latents = generation.denoise(noise, init_latents=init)
-        if call.timesteps.has_zero and call.media and call.image_noise and not self.pipeline.interrupt:
-            tokens = call.grid.num_tokens + sum(
-                min(medium.latent_frames, PREFIX_LATENT_FRAMES) * call.grid.height * call.grid.width
-                for medium in call.media_of(self.index)
-                if medium.frame
-            )
-            # At the timestep 0 diffusers changes nothing, but draws.
-            self.noise_source.draw(f"condition {len(call.timesteps.sigmas)}", (1, tokens, latents.shape[1]))
-        return latents
+        return generation.denoise(noise, init_latents=init)
 
     def _decode(self, generation: Generation, latents: Tensor) -> Tensor:
         noise = None

@@ -94,9 +94,9 @@ class StepCallback:
             given, own = outputs.get(name), self._embeddings.get(name)
             if given is None or given is own:
                 continue
-            if own is not None and name == "prompt_embeds" and not pipeline.do_classifier_free_guidance:
-                if torch.equal(given, own[-len(given) :]):
-                    continue
+            is_unguided = name == "prompt_embeds" and not pipeline.do_classifier_free_guidance
+            if is_unguided and own is not None and torch.equal(given, own[-len(given) :]):
+                continue
             raise RequestError(
                 f"the callback returned other {name}; kadr projects prompts once, before the first step. Set "
                 "pipe._guidance_scale to change the guidance, or call the pipeline again from the latents."

@@ -84,7 +84,7 @@ class LTXConditionPipeline(TextPipeline):
         Args:
             conditions: images and clips; or `image` or `video`, with `frame_index` and `strength`, one or a list each.
             denoise_strength: share of the steps that is run on `latents`, from their first sigma on.
-            timesteps: a last one of 0 changes nothing.
+            timesteps: from 1000 down; used as they are.
             latents: normalised (B, C, f, h, w), to start from; used where `denoise_strength` is below 1.
 
         Returns:

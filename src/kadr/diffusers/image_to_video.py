@@ -67,8 +67,8 @@ class LTXImageToVideoPipeline(TextPipeline):
         """
         if latents is not None:
             raise RequestError(
-                "latents are given to LTXImageToVideoPipeline; kadr takes the first frame from the image. Leave them out, "
-                "or give them to LTXConditionPipeline."
+                "latents are given to LTXImageToVideoPipeline; kadr takes the first frame from the image. Leave them "
+                "out, or give them to LTXConditionPipeline."
             )
         size, frames = check_size(height, width, num_frames)
         grid = LatentGrid.for_video(size, frames)

@@ -76,16 +76,16 @@ class LTXLatentUpsamplePipeline(LTXBasePipeline):
         check_output_type(output_type)
         if output_type != LATENT:
             raise RequestError(
-                f"output_type is {quote(output_type)}; kadr's upsampler returns latents: give output_type='latent', and "
-                "pass them to LTXConditionPipeline with a denoise_strength below 1."
+                f"output_type is {quote(output_type)}; kadr's upsampler returns latents: give output_type='latent', "
+                "and pass them to LTXConditionPipeline with a denoise_strength below 1."
             )
         if (video is None) == (latents is None):
             raise RequestError("give video or latents, and not both.")
         check_range("tone_map_compression_ratio", tone_map_compression_ratio, 0.0, 1.0)
         if video is not None:
             raise RequestError(
-                "video is given; kadr's upsampler takes latents. Make them with output_type='latent', or start from the "
-                "video with `kadr generate --input-video`."
+                "video is given; kadr's upsampler takes latents. Make them with output_type='latent', or start from "
+                "the video with `kadr generate --input-video`."
             )
         assert latents is not None
         upscaled = [

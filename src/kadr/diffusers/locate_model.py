@@ -46,8 +46,8 @@ def model_name(name_or_path: Any) -> str:
         return REPOSITORIES[name]
     if _REPOSITORY.fullmatch(name):
         raise RequestError(
-            f"kadr's registry has no release for the repository {quote(name)}. Download it and pass its folder, or pass "
-            f"one of {', '.join(REPOSITORIES)}, or a name that `kadr models` lists."
+            f"kadr's registry has no release for the repository {quote(name)}. Download it and pass its folder, or "
+            f"pass one of {', '.join(REPOSITORIES)}, or a name that `kadr models` lists."
         )
     return name
 

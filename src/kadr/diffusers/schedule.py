@@ -30,14 +30,12 @@ class Timesteps:
     """The steps of a call.
 
     Args:
-        sigmas: fp32 values, decreasing, above 0.
+        sigmas: fp32 values, decreasing. The last may be 0: that step only takes the noise off clean images again.
         timesteps: what a callback is given for each of them, fp32.
-        has_zero: a last timestep of 0 was given: diffusers evaluates the model there and changes nothing.
     """
 
     sigmas: tuple[float, ...]
     timesteps: torch.Tensor
-    has_zero: bool = False
 
 
 def shifted_timesteps(schedule: Schedule, steps: int, tokens: int) -> Timesteps:
@@ -80,9 +78,7 @@ def given_timesteps(timesteps: Any) -> Timesteps:
         raise RequestError(
             f"timesteps are {quote(values)}; they must decrease, from at most {TRAIN_TIMESTEPS} to at least 0."
         )
-    has_zero = bool(given[-1] == 0)
-    sigmas = given / TRAIN_TIMESTEPS
-    return Timesteps(tuple(sigmas[: len(given) - has_zero].tolist()), given, has_zero)
+    return Timesteps(tuple((given / TRAIN_TIMESTEPS).tolist()), given)
 
 
 def skip_to_strength(timesteps: Timesteps, denoise_strength: float) -> Timesteps:
@@ -93,13 +89,13 @@ def skip_to_strength(timesteps: Timesteps, denoise_strength: float) -> Timesteps
     """
     count = len(timesteps.timesteps)
     kept = min(int(count * denoise_strength), count)
-    if kept - timesteps.has_zero < 1:
+    if kept < 1:
         raise RequestError(
             f"denoise_strength is {denoise_strength}, which leaves none of {count} steps. Give at least {1 / count:g}, "
             "or more steps."
         )
     start = count - kept
-    return Timesteps(timesteps.sigmas[start:], timesteps.timesteps[start:], timesteps.has_zero)
+    return Timesteps(timesteps.sigmas[start:], timesteps.timesteps[start:])
 
 
 def _from_sigmas(sigmas: torch.Tensor) -> Timesteps:

@@ -1,0 +1,1 @@
+"""Modules at the paths that scripts import them from in diffusers."""
