@@ -85,7 +85,7 @@ def shifted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("0.9"), family="0.9", schedule=SHIFTED)
 
 
-Oracle = Callable[[str, Path], Any]
+Oracle = Callable[..., Any]  # name, folder, dtype -> pipeline
 
 
 @pytest.fixture(scope="session")
@@ -106,8 +106,8 @@ def upscaler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle() -> Oracle:
     """Returns diffusers' own pipeline of a name and a folder."""
 
-    def build(name: str, folder: Path) -> Any:
-        pipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32)
+    def build(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+        pipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -119,8 +119,8 @@ def door() -> Oracle:
     """Returns kadr's pipeline of a name and a folder."""
     import kadr.diffusers
 
-    def build(name: str, folder: Path) -> Any:
-        pipeline = getattr(kadr.diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, prompt_cache=False)
+    def build(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+        pipeline = getattr(kadr.diffusers, name).from_pretrained(folder, torch_dtype=dtype, prompt_cache=False)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -88,6 +88,30 @@ def test_lora_equals_diffusers(is_fused: bool, folder: Path, oracle: Oracle, doo
     assert_same(*pipelines, guidance_scale=3.0)
 
 
+def test_two_loras_equal_diffusers(folder: Path, oracle: Oracle, door: Oracle, tmp_path: Path) -> None:
+    pipelines = [build("LTXConditionPipeline", folder) for build in (oracle, door)]
+    for pipeline in pipelines:
+        for number in range(2):
+            path = write_lora_file(tmp_path / f"{number}.safetensors", block_pairs(seed=number), diffusers)
+            pipeline.load_lora_weights(str(path), adapter_name=f"style {number}".replace(" ", "_"))
+    options = {**OPTIONS, "output_type": "latent"}
+    expected, latents = (pipeline(**options, generator=generator()).frames for pipeline in pipelines)
+    assert relative_error(latents, expected) < TOLERANCE
+    for pipeline in pipelines:
+        pipeline.set_adapters(["style_0", "style_1"], [0.4, 0.8])
+    expected, latents = (pipeline(**options, generator=generator()).frames for pipeline in pipelines)
+    assert relative_error(latents, expected) < TOLERANCE
+
+
+def test_bfloat16_is_as_near_to_float32_as_diffusers_own(folder: Path, oracle: Oracle, door: Oracle) -> None:
+    options = {**OPTIONS, "output_type": "latent", "image": noise_image(1)}
+    exact, theirs, ours = (
+        build("LTXConditionPipeline", folder, dtype)(**options, generator=generator()).frames
+        for build, dtype in ((oracle, torch.float32), (oracle, torch.bfloat16), (door, torch.bfloat16))
+    )
+    assert relative_error(ours, exact) < 1.2 * relative_error(theirs, exact)
+
+
 def test_several_videos_equal_diffusers(folder: Path, oracle: Oracle, door: Oracle) -> None:
     latents = [
         build("LTXPipeline", folder)(

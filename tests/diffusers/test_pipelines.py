@@ -100,6 +100,8 @@ def test_adapters_are_switched_by_name(folder: Path, door: Oracle, tmp_path: Pat
     for number, name in enumerate(("first", "second")):
         path = write_lora_file(tmp_path / f"{name}.safetensors", block_pairs(seed=number))
         pipe.load_lora_weights(tmp_path, weight_name=path.name, adapter_name=name)
+    assert pipe.get_active_adapters() == ["second"], "the last one acts alone, as in diffusers"
+    pipe.set_adapters(["first", "second"], [1.0, 0.5])
     both = latents_of(pipe, generator=generator())
     pipe.set_adapters("second")
     second = latents_of(pipe, generator=generator())

@@ -17,6 +17,7 @@ from kadr.sampling.positions import token_positions
 from kadr.sampling.samplers import (
     SAMPLERS,
     SampleFunction,
+    StopSampling,
     euler_step,
     next_sigma,
     res_2s_sigmas,
@@ -369,3 +370,24 @@ def test_the_last_step_of_res_2s_is_an_euler_step() -> None:
     assert res_2s_sigmas(0.7, 0.0) == (0.7,)
     by_euler, by_res = (sample(gaussian_velocity, noise_state(), sigmas) for sample in (sample_euler, sample_res_2s))
     assert torch.equal(by_euler.tokens, by_res.tokens)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_finish_changes_the_state_after_each_step_and_may_end_sampling(name: str) -> None:
+    sigmas, finished, watched = LOOP_SCHEDULES["shifted"], [], []
+
+    def finish(index: int, state: LatentState, sigma: Tensor) -> LatentState:
+        finished.append((index, float(sigma)))
+        state = replace(state, tokens=torch.full_like(state.tokens, float(index)))
+        if index == 1:
+            raise StopSampling(state)
+        return state
+
+    def watch(index: int, sigma: float, state: LatentState) -> None:
+        watched.append((index, state.tokens.unique().tolist()))
+
+    with pytest.raises(StopSampling) as stopped:
+        SAMPLERS[name].sample(exact_velocity, noise_state(), sigmas, noise=draw_noise, finish=finish, watch=watch)
+    assert finished == [(index, float(sigmas[index])) for index in (0, 1)]
+    assert watched == [(0, [0.0])]
+    assert stopped.value.state.tokens.unique().tolist() == [1.0]

@@ -1,4 +1,4 @@
-"""What the pipelines share: opening a model, its device and memory, and the engine behind it."""
+"""The base of the pipelines: opens a model, and has its device, its memory and the engine behind it."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from kadr.errors import RequestError
 from kadr.pipeline.display.progress_bar import ProgressBar
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.generation import Generation
-from kadr.pipeline.overrides import Overrides
 from kadr.pipeline.progress import Watch, ignore_progress
+from kadr.pipeline.stages.overrides import Overrides
 from kadr.quoting import quote
 from kadr.request.inputs import Condition
 from kadr.request.pass_media import PassCondition, PassFrames, PassMedia

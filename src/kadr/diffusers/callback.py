@@ -91,11 +91,11 @@ class StepCallback:
     def _check_embeddings(self, outputs: Any, pipeline: Any) -> None:
         """Refuses other prompt embeddings; the conditional half alone is taken where guidance is off from now on."""
         for name in ("prompt_embeds", "negative_prompt_embeds"):
-            given, own = outputs.get(name), self._embeddings.get(name)
-            if given is None or given is own:
+            other, own = outputs.get(name), self._embeddings.get(name)
+            if other is None or other is own:
                 continue
             is_unguided = name == "prompt_embeds" and not pipeline.do_classifier_free_guidance
-            if is_unguided and own is not None and torch.equal(given, own[-len(given) :]):
+            if is_unguided and own is not None and torch.equal(other, own[-len(other) :]):
                 continue
             raise RequestError(
                 f"the callback returned other {name}; kadr projects prompts once, before the first step. Set "

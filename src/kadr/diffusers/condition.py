@@ -14,7 +14,7 @@ from kadr.diffusers.call import Call, Medium, check_size, run
 from kadr.diffusers.callback import StepCallback
 from kadr.diffusers.frames_in import clip_pixels, image_pixels
 from kadr.diffusers.prompts import parse_prompts
-from kadr.diffusers.schedule import given_timesteps, linear_quadratic_timesteps, skip_to_strength
+from kadr.diffusers.schedule import linear_quadratic_timesteps, parse_timesteps, skip_to_strength
 from kadr.diffusers.text import TextPipeline
 from kadr.errors import KadrWarning, RequestError
 from kadr.quoting import quote
@@ -97,7 +97,7 @@ class LTXConditionPipeline(TextPipeline):
         grid = LatentGrid.for_video(size, frames)
         check_range("denoise_strength", denoise_strength, 0.0, 1.0)
         check_range("image_cond_noise_scale", image_cond_noise_scale, 0.0, 10.0)
-        steps = linear_quadratic_timesteps(num_inference_steps) if timesteps is None else given_timesteps(timesteps)
+        steps = linear_quadratic_timesteps(num_inference_steps) if timesteps is None else parse_timesteps(timesteps)
         if denoise_strength < 1:
             steps = skip_to_strength(steps, denoise_strength)
         prompts = parse_prompts(

@@ -12,7 +12,7 @@ from kadr.diffusers.call import Call, Medium, check_size, run
 from kadr.diffusers.callback import StepCallback
 from kadr.diffusers.frames_in import image_pixels
 from kadr.diffusers.prompts import parse_prompts
-from kadr.diffusers.schedule import given_timesteps, shifted_timesteps
+from kadr.diffusers.schedule import parse_timesteps, shifted_timesteps
 from kadr.diffusers.text import TextPipeline
 from kadr.errors import RequestError
 from kadr.shapes import LatentGrid, Size
@@ -90,7 +90,7 @@ class LTXImageToVideoPipeline(TextPipeline):
             frame_rate=frame_rate,
             timesteps=shifted_timesteps(schedule, num_inference_steps, grid.num_tokens)
             if timesteps is None
-            else given_timesteps(timesteps),
+            else parse_timesteps(timesteps),
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             generator=generator,

@@ -30,7 +30,7 @@ _HUB_FILE = re.compile(
     r"^(?:https?://huggingface\.co/|hf\.co/)?([\w.-]+/[\w.-]+)/(?:blob|resolve)/[\w.-]+/(.+?)(?:\?.*)?$"
 )
 _REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
-DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", "bfloat16": "bfloat16", "float32": "float32"}
+TORCH_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", "bfloat16": "bfloat16", "float32": "float32"}
 
 
 def model_name(name_or_path: Any) -> str:
@@ -88,9 +88,9 @@ def dtype_name(torch_dtype: Any) -> str:
         return "float32"
     if torch_dtype == "auto":
         return "auto"
-    if torch_dtype not in DTYPE_NAMES:
+    if torch_dtype not in TORCH_DTYPES:
         raise RequestError(f"torch_dtype is {quote(torch_dtype)}; kadr computes in torch.bfloat16 or torch.float32.")
-    return DTYPE_NAMES[torch_dtype]
+    return TORCH_DTYPES[torch_dtype]
 
 
 def device_name(device: Any) -> str:

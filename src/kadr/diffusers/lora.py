@@ -47,7 +47,7 @@ class LoraMethods:
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **options: Any
     ) -> None:
-        """Adds a LoRA, active with strength 1: a file, a folder with `weight_name`, a registry name or a repository.
+        """Adds a LoRA, the only active one from now on, with strength 1: a file, a folder with `weight_name`, a registry name or a repository.
 
         Raises:
             RequestError: it is a dictionary of tensors, the name is taken, or the registry has no such repository.
@@ -61,7 +61,7 @@ class LoraMethods:
         if name in self.adapters.paths:
             raise RequestError(f"the pipeline has a LoRA named {quote(name)} already; give another adapter_name.")
         self.adapters.paths[name] = _lora_path(str(pretrained_model_name_or_path_or_dict), weight_name)
-        self.adapters.weights[name] = 1.0
+        self.adapters.weights = {name: 1.0}  # diffusers, too, lets the last one act alone
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
         """Makes these LoRAs the active ones, with these strengths, 1 where none is given.

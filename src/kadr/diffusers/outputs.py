@@ -1,4 +1,4 @@
-"""What a pipeline returns, and frames in the form that a script asks for."""
+"""The output of a pipeline, in the form that a script asks for."""
 
 from __future__ import annotations
 

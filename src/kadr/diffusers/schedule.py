@@ -62,7 +62,7 @@ def linear_quadratic_timesteps(steps: int) -> Timesteps:
     return _from_sigmas(linear_quadratic_schedule(steps) * TRAIN_TIMESTEPS / TRAIN_TIMESTEPS)
 
 
-def given_timesteps(timesteps: Any) -> Timesteps:
+def parse_timesteps(timesteps: Any) -> Timesteps:
     """Returns the steps of timesteps that a script gives, from at most 1000 down to at least 0.
 
     Raises:
@@ -73,12 +73,12 @@ def given_timesteps(timesteps: Any) -> Timesteps:
         raise RequestError(
             f"timesteps are {quote(timesteps)}; they must be a list of numbers, such as [1000, 900, 700]."
         )
-    given = torch.tensor(values, dtype=torch.float32)
-    if bool((given.diff() >= 0).any()) or given[0] > TRAIN_TIMESTEPS or given[-1] < 0 or given[0] == 0:
+    steps = torch.tensor(values, dtype=torch.float32)
+    if bool((steps.diff() >= 0).any()) or steps[0] > TRAIN_TIMESTEPS or steps[-1] < 0 or steps[0] == 0:
         raise RequestError(
             f"timesteps are {quote(values)}; they must decrease, from at most {TRAIN_TIMESTEPS} to at least 0."
         )
-    return Timesteps(tuple((given / TRAIN_TIMESTEPS).tolist()), given)
+    return Timesteps(tuple((steps / TRAIN_TIMESTEPS).tolist()), steps)
 
 
 def skip_to_strength(timesteps: Timesteps, denoise_strength: float) -> Timesteps:
@@ -88,13 +88,13 @@ def skip_to_strength(timesteps: Timesteps, denoise_strength: float) -> Timesteps
         RequestError: no step is left.
     """
     count = len(timesteps.timesteps)
-    kept = min(int(count * denoise_strength), count)
-    if kept < 1:
+    remaining = min(int(count * denoise_strength), count)
+    if remaining < 1:
         raise RequestError(
             f"denoise_strength is {denoise_strength}, which leaves none of {count} steps. Give at least {1 / count:g}, "
             "or more steps."
         )
-    start = count - kept
+    start = count - remaining
     return Timesteps(timesteps.sigmas[start:], timesteps.timesteps[start:])
 
 

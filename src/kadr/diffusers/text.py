@@ -10,7 +10,7 @@ from torch import Tensor
 from kadr.diffusers.base import LTXBasePipeline
 from kadr.diffusers.lora import refuse_options
 from kadr.diffusers.prompts import parse_prompts
-from kadr.pipeline.overrides import Overrides
+from kadr.pipeline.stages.overrides import Overrides
 from kadr.request.request import Request
 from kadr.sampling.guidance import PromptEmbeddings
 

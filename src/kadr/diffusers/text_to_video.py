@@ -11,7 +11,7 @@ from torch import Tensor
 from kadr.diffusers.call import Call, check_size, run, unpack_latents
 from kadr.diffusers.callback import StepCallback
 from kadr.diffusers.prompts import parse_prompts
-from kadr.diffusers.schedule import given_timesteps, shifted_timesteps
+from kadr.diffusers.schedule import parse_timesteps, shifted_timesteps
 from kadr.diffusers.text import TextPipeline
 from kadr.shapes import LatentGrid
 
@@ -80,7 +80,7 @@ class LTXPipeline(TextPipeline):
             frame_rate=frame_rate,
             timesteps=shifted_timesteps(schedule, num_inference_steps, grid.num_tokens)
             if timesteps is None
-            else given_timesteps(timesteps),
+            else parse_timesteps(timesteps),
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             generator=generator,

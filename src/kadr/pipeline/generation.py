@@ -22,12 +22,12 @@ from kadr.pipeline.longvideo.sampling import (
     sample_windows,
 )
 from kadr.pipeline.modules import Modules
-from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.progress import Watch
 from kadr.pipeline.stages.control_networks import fetch_networks
 from kadr.pipeline.stages.decode import DecodeStage
 from kadr.pipeline.stages.denoise import DenoiseStage
 from kadr.pipeline.stages.encode import EncodedInputs, Media
+from kadr.pipeline.stages.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.stages.preview import PreviewMap
 from kadr.pipeline.stages.text import PromptEncoder
 from kadr.pipeline.stages.upscale import upscale_latents

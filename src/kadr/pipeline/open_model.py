@@ -12,10 +12,10 @@ from kadr.errors import Busy, CheckpointError
 from kadr.memory.module_cache import ModuleCache
 from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.notices import Notices
-from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.progress import Watch
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.stages.control_networks import fetch_networks
+from kadr.pipeline.stages.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.stages.preview import PreviewMap, open_preview_map
 from kadr.pipeline.stages.text import PromptEncoder
 from kadr.request.request import Request

@@ -19,10 +19,10 @@ from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.modules import Modules, TrainedTransformer
 from kadr.pipeline.notices import Notices
 from kadr.pipeline.open_model import OpenModel
-from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.plan_request import plan_request
 from kadr.pipeline.progress import STAGES, OnLoad, Watch, ignore_loads, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
+from kadr.pipeline.stages.overrides import NO_OVERRIDES, Overrides
 from kadr.quoting import quote
 from kadr.request.passes import check_first_sigma
 from kadr.request.prompt_words import warn_of_prompts

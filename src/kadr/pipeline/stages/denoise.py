@@ -17,11 +17,11 @@ from kadr.nn.rope import Rope
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import Guide
 from kadr.pipeline.modules import Modules
-from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.conditions import apply_condition
 from kadr.pipeline.stages.encode import EncodedInputs
+from kadr.pipeline.stages.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.stages.preview import PreviewMap
 from kadr.request.passes import ResolvedPass, noise_stream_name
 from kadr.request.resolved_request import ResolvedRequest

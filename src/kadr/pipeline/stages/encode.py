@@ -16,10 +16,10 @@ from torch import Tensor
 from kadr.media.image import Notify
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.modules import Modules
-from kadr.pipeline.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.control_networks import build_map_renderers, fetch_networks
+from kadr.pipeline.stages.overrides import NO_OVERRIDES, Overrides
 from kadr.pipeline.stages.prepared_controls import PreparedControl
 from kadr.pipeline.stages.prepared_frames import OpenedMedia, PreparedFrames
 from kadr.planning.costs.vae_activations import ENCODE_CHUNK_FRAMES

@@ -1,4 +1,4 @@
-"""What a caller gives a generation instead of what it computes itself: `kadr.diffusers` works through this."""
+"""Tensors and functions that a caller puts in the place of a generation's own: `kadr.diffusers` works through them."""
 
 from __future__ import annotations
 
