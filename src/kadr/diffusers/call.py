@@ -25,14 +25,14 @@ from kadr.quoting import quote
 from kadr.request.inputs import Condition
 from kadr.request.pass_media import PassCondition, PassFrames, PassMedia
 from kadr.request.passes import Evaluation
-from kadr.request.request import Request
+from kadr.request.request import MAX_FPS, Request
 from kadr.request.resolved_conditions import ResolvedCondition
 from kadr.request.resolved_media import ResolvedMedia
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.sampling.conditioning import PREFIX_LATENT_FRAMES
 from kadr.sampling.guidance import Predictions
 from kadr.sampling.samplers import EULER
-from kadr.sampling.settings import Guidance, StepGuidance
+from kadr.sampling.settings import MAX_SCALE, Guidance, StepGuidance
 from kadr.sampling.state import to_latents, to_tokens
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid, Size
 from kadr.validation import check_range, is_whole_number
@@ -97,6 +97,27 @@ class Call:
     initial_latents: Tensor | None = None
     clean_latents: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        check_output_type(self.output_type)
+        for name, maximum in (("guidance_scale", MAX_SCALE), ("guidance_rescale", 1.0), ("frame_rate", MAX_FPS)):
+            value = getattr(self, name)
+            if value is None:
+                raise RequestError(f"{name} is None; leave it out for its default, or give a number.")
+            check_range(name, value, 0.0, maximum)
+        self.decode_settings()
+
+    def decode_settings(self) -> list[tuple[float, float]]:
+        """Returns the decode timestep of each video and its share of decode noise; as in diffusers, by default equal.
+
+        Raises:
+            RequestError: see `_values_of`.
+        """
+        timesteps = _values_of(self.decode_timestep, self.prompts, "decode_timestep")
+        if self.decode_noise_scale is None:
+            return list(zip(timesteps, timesteps, strict=True))
+        scales = _values_of(self.decode_noise_scale, self.prompts, "decode_noise_scale")
+        return list(zip(timesteps, scales, strict=True))
+
     @property
     def grid(self) -> LatentGrid:
         return LatentGrid.for_video(self.size, self.frames)
@@ -138,7 +159,6 @@ def unpack_latents(latents: Any, call_grid: LatentGrid, channels: int) -> Tensor
 
 def run(pipeline: LTXBasePipeline, call: Call) -> Any:
     """Makes the videos of a call, and returns them as the script asks for."""
-    check_output_type(call.output_type)
     pipeline._interrupt, pipeline._guidance_scale, pipeline._guidance_rescale = (
         False,
         float(call.guidance_scale),
@@ -241,7 +261,8 @@ class _VideoRun:
         """Returns the resolved request, with diffusers' sigmas, and its media in memory."""
         call, uses_cfg = self.call, self.pipeline.do_classifier_free_guidance
         prompt, negative_prompt = call.prompts.texts_of(self.index)
-        timestep, noise_scale = self._decode_settings()
+        # Rounded to the model's dtype, in which diffusers keeps them.
+        timestep, noise_scale = torch.tensor(call.decode_settings()[self.index], dtype=self.engine.spec.dtype).tolist()
         request = Request(
             prompt,
             negative_prompt=negative_prompt,
@@ -274,17 +295,6 @@ class _VideoRun:
             media=(PassMedia(conditions),),
         )
 
-    def _decode_settings(self) -> tuple[float, float]:
-        """Returns the decode timestep, and the share of decode noise; as in diffusers, by default the same."""
-        timestep = _value_of(self.call.decode_timestep, self.index, "decode_timestep")
-        scale = timestep
-        if self.call.decode_noise_scale is not None:
-            scale = _value_of(self.call.decode_noise_scale, self.index, "decode_noise_scale")
-        dtype = self.engine.spec.dtype
-        rounded = (float(torch.tensor(value, dtype=dtype)) for value in (timestep, scale))
-        first, second = rounded
-        return first, second
-
     def _combine(
         self, predictions: Predictions, step: StepGuidance, guidance: Guidance, tokens: Tensor, sigma: Tensor
     ) -> Tensor:
@@ -293,8 +303,13 @@ class _VideoRun:
         scale, rescale = self.pipeline._guidance_scale, self.pipeline._guidance_rescale
         if self.call.float_guidance:
             cond, uncond = cond.float(), None if uncond is None else uncond.float()
-        if uncond is None or scale <= 1:
+        if scale <= 1:
             return cond
+        if uncond is None:
+            raise RequestError(
+                f"the callback set guidance_scale to {scale:g}, and the call began at 1 or less, without the negative "
+                "prompt. Call the pipeline with a guidance_scale above 1."
+            )
         velocity = uncond + scale * (cond - uncond)
         if rescale > 0:
             ratio = (cond.flatten(1).std(1) / velocity.flatten(1).std(1))[:, None, None]
@@ -309,8 +324,17 @@ def _pass_condition(medium: Medium, size: Size) -> PassCondition:
     return PassCondition(ResolvedCondition(condition, media, medium.frame), PassFrames(media, size, size))
 
 
-def _value_of(value: Any, index: int, name: str) -> float:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    chosen = values[index if len(values) > 1 else 0] if index < len(values) or len(values) == 1 else None
-    check_range(name, chosen, 0.0, 1.0)
-    return float(chosen)  # type: ignore[arg-type]
+def _values_of(value: Any, prompts: Prompts, name: str) -> list[float]:
+    """Returns a value, or a list with one for each prompt, for every video.
+
+    Raises:
+        RequestError: it has another length, or a value is not in [0, 1].
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value] * len(prompts.texts)
+    if len(values) != len(prompts.texts):
+        raise RequestError(f"{name} has {len(values)} values for {len(prompts.texts)} prompts; give one for each.")
+    for item in values:
+        if item is None:
+            raise RequestError(f"{name} is {quote(value)}; it must be a number from 0 to 1, or one for each prompt.")
+        check_range(name, item, 0.0, 1.0)
+    return [float(item) for item in values for _ in range(prompts.videos_per_prompt)]

@@ -47,7 +47,10 @@ class LoraMethods:
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **options: Any
     ) -> None:
-        """Adds a LoRA, the only active one from now on, with strength 1: a file, a folder with `weight_name`, a registry name or a repository.
+        """Adds a LoRA, the only active one from now on, with strength 1.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a file, a folder with `weight_name`, a registry name or a repository.
 
         Raises:
             RequestError: it is a dictionary of tensors, the name is taken, or the registry has no such repository.
