@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.diffusers.call import Call, Medium, check_size, run
+from kadr.diffusers.call import Call, Medium, check_size
 from kadr.diffusers.callback import StepCallback
 from kadr.diffusers.frames_in import clip_pixels, image_pixels
 from kadr.diffusers.prompts import parse_prompts
+from kadr.diffusers.run import run
 from kadr.diffusers.schedule import linear_quadratic_timesteps, parse_timesteps, skip_to_strength
 from kadr.diffusers.text import TextPipeline
 from kadr.errors import KadrWarning, RequestError

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.diffusers.call import Call, Medium, check_size, run
+from kadr.diffusers.call import Call, Medium, check_size
 from kadr.diffusers.callback import StepCallback
 from kadr.diffusers.frames_in import image_pixels
 from kadr.diffusers.prompts import parse_prompts
+from kadr.diffusers.run import run
 from kadr.diffusers.schedule import parse_timesteps, shifted_timesteps
 from kadr.diffusers.text import TextPipeline
 from kadr.errors import RequestError

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.diffusers.call import Call, check_size, run, unpack_latents
+from kadr.diffusers.call import Call, check_size, unpack_latents
 from kadr.diffusers.callback import StepCallback
 from kadr.diffusers.prompts import parse_prompts
+from kadr.diffusers.run import run
 from kadr.diffusers.schedule import parse_timesteps, shifted_timesteps
 from kadr.diffusers.text import TextPipeline
 from kadr.shapes import LatentGrid
