@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.diffusers.call import Call, Medium, check_size
-from kadr.diffusers.callback import StepCallback
-from kadr.diffusers.frames_in import clip_pixels, image_pixels
-from kadr.diffusers.prompts import parse_prompts
-from kadr.diffusers.run import run
-from kadr.diffusers.schedule import linear_quadratic_timesteps, parse_timesteps, skip_to_strength
+from kadr.diffusers.calls.call import Call, Medium, check_size
+from kadr.diffusers.calls.callback import StepCallback
+from kadr.diffusers.calls.frames_in import clip_pixels, image_pixels
+from kadr.diffusers.calls.prompts import parse_prompts
+from kadr.diffusers.calls.run import run
+from kadr.diffusers.calls.schedule import linear_quadratic_timesteps, parse_timesteps, skip_to_strength
 from kadr.diffusers.text import TextPipeline
 from kadr.errors import KadrWarning, RequestError
 from kadr.quoting import quote
@@ -189,7 +189,7 @@ def _media(conditions: list[LTXVideoCondition], size: Size, frames: int) -> list
             pixels = clip_pixels(condition.video, size, frames - frame)
         else:
             raise RequestError(f"condition {number} has neither an image nor a video; give one of them.")
-        media.append(Medium(f"condition medium {number}", pixels, frame, condition.strength))
+        media.append(Medium(f"medium {number}", pixels, frame, condition.strength))
     return media
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.diffusers.call import Call, Medium, check_size
-from kadr.diffusers.callback import StepCallback
-from kadr.diffusers.frames_in import image_pixels
-from kadr.diffusers.prompts import parse_prompts
-from kadr.diffusers.run import run
-from kadr.diffusers.schedule import parse_timesteps, shifted_timesteps
+from kadr.diffusers.calls.call import Call, Medium, check_size
+from kadr.diffusers.calls.callback import StepCallback
+from kadr.diffusers.calls.frames_in import image_pixels
+from kadr.diffusers.calls.prompts import parse_prompts
+from kadr.diffusers.calls.run import run
+from kadr.diffusers.calls.schedule import parse_timesteps, shifted_timesteps
 from kadr.diffusers.text import TextPipeline
 from kadr.errors import RequestError
 from kadr.shapes import LatentGrid, Size

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kadr.diffusers.base import LTXBasePipeline
+from kadr.diffusers.calls.prompts import parse_prompts
 from kadr.diffusers.lora import refuse_options
-from kadr.diffusers.prompts import parse_prompts
 from kadr.pipeline.stages.overrides import Overrides
 from kadr.request.request import Request
 from kadr.sampling.guidance import PromptEmbeddings

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.diffusers.call import Call, check_size, unpack_latents
-from kadr.diffusers.callback import StepCallback
-from kadr.diffusers.prompts import parse_prompts
-from kadr.diffusers.run import run
-from kadr.diffusers.schedule import parse_timesteps, shifted_timesteps
+from kadr.diffusers.calls.call import Call, check_size, unpack_latents
+from kadr.diffusers.calls.callback import StepCallback
+from kadr.diffusers.calls.prompts import parse_prompts
+from kadr.diffusers.calls.run import run
+from kadr.diffusers.calls.schedule import parse_timesteps, shifted_timesteps
 from kadr.diffusers.text import TextPipeline
 from kadr.shapes import LatentGrid
 

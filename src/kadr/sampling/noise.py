@@ -37,7 +37,7 @@ class NoiseStreams:
 
 
 def move_noise(noise: Tensor, device: torch.device) -> Tensor:
-    """Moves noise from the CPU to a device. The host does not wait for a GPU."""
-    if device.type == "cuda":
+    """Moves noise to a device. The host does not wait for a GPU."""
+    if device.type == "cuda" and noise.device.type == "cpu":
         noise = noise.pin_memory()  # else the copy would wait for all work before it
     return noise.to(device, non_blocking=device.type == "cuda")

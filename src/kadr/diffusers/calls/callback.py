@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.diffusers.schedule import Timesteps
+from kadr.diffusers.calls.schedule import Timesteps
 from kadr.errors import RequestError
 from kadr.pipeline.generation import Generation
 from kadr.quoting import quote

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kadr.diffusers.callback import StepCallback
+from kadr.diffusers.calls.callback import StepCallback
+from kadr.diffusers.calls.prompts import Prompts
+from kadr.diffusers.calls.schedule import Timesteps
 from kadr.diffusers.outputs import check_output_type
-from kadr.diffusers.prompts import Prompts
-from kadr.diffusers.schedule import Timesteps
 from kadr.errors import RequestError
 from kadr.quoting import quote
 from kadr.request.request import MAX_FPS

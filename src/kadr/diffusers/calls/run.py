@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kadr.diffusers.base import LTXBasePipeline
-from kadr.diffusers.call import Call, Medium
-from kadr.diffusers.noise import DECODE, INITIAL, GeneratorNoise, check_generators, video_noise
+from kadr.diffusers.calls.call import Call, Medium
+from kadr.diffusers.calls.noise import DECODE, INITIAL, KEYFRAME, GeneratorNoise, check_generators, video_noise
 from kadr.diffusers.outputs import LATENT, LTXPipelineOutput, format_videos
 from kadr.errors import RequestError
 from kadr.pipeline.display.progress_bar import ProgressBar
@@ -75,7 +75,7 @@ def _reserve(noise: GeneratorNoise, call: Call, channels: int) -> None:
                 noise.reserve(medium.name, latents_shape, 1, index if call.draws_media_first else None)
                 if medium.frame:
                     prefix = (1, channels, min(medium.latent_frames, PREFIX_LATENT_FRAMES), grid.height, grid.width)
-                    noise.reserve(f"keyframe {number}", prefix, 1)
+                    noise.reserve(f"{KEYFRAME}{number}", prefix, 1)
 
     if call.draws_media_first:
         reserve_media()

@@ -12,7 +12,8 @@ from kadr.errors import RequestError
 from kadr.quoting import quote
 from kadr.sampling.noise import NoiseSource, NoiseStreams
 
-INITIAL, DECODE, CONDITION = "initial", "decode", "condition "
+INITIAL, DECODE, CONDITION, KEYFRAME = "initial", "decode", "condition ", "keyframe "
+FLOAT32_NAMES = (INITIAL, CONDITION, KEYFRAME)  # what else is drawn is the VAE's, in its dtype
 
 
 class GeneratorNoise:
@@ -24,7 +25,7 @@ class GeneratorNoise:
     Args:
         generators: one for all videos, or one for each.
         batch: number of videos.
-        dtype: of the decode noise; all other noise is float32.
+        dtype: of the VAE's noise; that of the sampling is float32.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], batch: int, dtype: torch.dtype) -> None:
@@ -61,7 +62,7 @@ class GeneratorNoise:
         return name in self._states
 
     def _draw_from(self, generator: torch.Generator, shape: Sequence[int], rows: int, name: str) -> Tensor:
-        dtype = self.dtype if name == DECODE else torch.float32
+        dtype = torch.float32 if name.startswith(FLOAT32_NAMES) else self.dtype
         return torch.randn((rows, *shape[1:]), generator=generator, device=generator.device, dtype=dtype)
 
 
