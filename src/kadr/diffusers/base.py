@@ -17,7 +17,7 @@ from kadr.spec.lora import Lora
 
 P = TypeVar("P", bound="LTXBasePipeline")
 ENGINE_OPTIONS = ("release", "text_encoder", "vae", "upscaler", "models_dirs", "quant", "prompt_cache")
-HARMLESS_OPTIONS = ("use_safetensors", "low_cpu_mem_usage", "variant", "local_files_only", "safety_checker")
+HARMLESS_OPTIONS = ("use_safetensors", "low_cpu_mem_usage", "variant")
 OPTION_HINT = (
     f"It takes torch_dtype, device_map and, of Engine.open, {', '.join(ENGINE_OPTIONS)}; weights are quantized by "
     "quant, such as quant='int8', and components are opened from paths."
