@@ -135,6 +135,7 @@ def test_recorded_kernel_that_is_missing_is_a_notice_in_the_video(
     assert any("flash 9" in notice for notice in metadata["notices"])
 
 
+@pytest.mark.usefixtures("autotuner")  # not that of the process, for which other tests may have chosen
 @pytest.mark.parametrize("kernels", [None, {}, [], "b"])
 def test_video_without_recorded_kernels_is_made_as_usual(engine: Engine, tmp_path: Path, kernels: Mapping) -> None:
     with warnings.catch_warnings():

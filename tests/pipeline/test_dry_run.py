@@ -174,7 +174,7 @@ def test_temporal_upscaler_by_name_doubles_the_rate() -> None:
             "the upscaler gone.safetensors does not exist",
         ),
         ({"model": "demo", "text_encoder": "gone/t5"}, {}, CheckpointError, "the text encoder gone/t5 does not exist"),
-        ({"model": "ltxv-2b-0.9.5"}, {"second_pass": Pass(sigmas=(0.5,))}, CheckpointError, "--upscaler"),
+        ({"model": "ltxv-2b-0.9.5"}, {"second_pass": Pass(sigmas=(0.5,))}, CheckpointError, "upscaler"),
         ({"model": "ltxv-2b-0.9.8-distilled"}, {"steps": 9}, RequestError, "distilled for"),
         ({"model": "ltxv-2b-0.9"}, {"guidance": Guidance(skip_blocks=(28,))}, RequestError, "28 blocks"),
     ],

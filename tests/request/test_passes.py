@@ -285,10 +285,10 @@ def test_input_video_is_for_the_first_pass(opened: Opened, clip: str, monkeypatc
     encoded: list[tuple[int, ...]] = []
     encode = VAE.encode_stream
 
-    def recording(self: VAE, chunks: Iterator[Tensor], frames: int) -> Tensor:
+    def recording(self: VAE, chunks: Iterator[Tensor], *arguments: Any, **options: Any) -> Tensor:
         pixels = torch.cat(list(chunks), dim=2)
         encoded.append(tuple(pixels.shape))
-        return encode(self, iter([pixels]), frames)
+        return encode(self, iter([pixels]), *arguments, **options)
 
     monkeypatch.setattr(VAE, "encode_stream", recording)
     request = replace(REQUEST, steps=8, frames=9, input_video=clip, denoise_strength=0.9)

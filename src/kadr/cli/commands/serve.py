@@ -15,6 +15,7 @@ from kadr.cli.flags.request import check_execution
 from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.errors import KadrError, RequestError
 from kadr.quant.weight_formats import NONE
+from kadr.setting_names import name_settings_by_flags
 
 if TYPE_CHECKING:
     from kadr.server.auth import Tokens
@@ -108,6 +109,7 @@ def serve(
     keywords: dict[str, Any] = {"dtype": dtype, "offload": offload, "quant": None if quant == NONE else quant}
     keywords |= {"text_encoder": text_encoder and str(text_encoder), "vae": vae and str(vae)}
     keywords |= {"upscaler": tuple(upscaler)} if upscaler else {}
+    name_settings_by_flags(False)  # from here on messages are for clients, who know fields
     _run(
         ServerSettings(
             models=name_models(model or ["demo"]),
