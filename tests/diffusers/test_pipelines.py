@@ -14,7 +14,9 @@ import torch
 
 import kadr.diffusers
 from kadr.diffusers.locate_model import REPOSITORIES, file_name, model_name
+from kadr.diffusers.utils import export_to_video
 from kadr.errors import KadrWarning, MediaError, RequestError
+from kadr.media.clip import read_video
 from kadr.models.registry import RELEASES_BY_NAME
 from tests.diffusers.conftest import OPTIONS, Oracle, generator, noise_image
 from tests.lora_files import block_pairs, write_lora_file
@@ -208,3 +210,12 @@ def test_links_to_media_are_refused() -> None:
     for load in (load_image, load_video):
         with pytest.raises(MediaError, match="kadr opens no links"):
             load("https://example.org/image.png")
+
+
+def test_exported_tensors_are_the_frames_of_arrays(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).random((2, 32, 64, 3), np.float32)
+    for name, values in (("arrays.mkv", frames), ("tensors.mkv", torch.from_numpy(frames).movedim(-1, 1))):
+        export_to_video(values, str(tmp_path / name), fps=24)
+    arrays, tensors = (read_video(tmp_path / name).frames for name in ("arrays.mkv", "tensors.mkv"))
+    assert arrays.shape == frames.shape
+    assert np.array_equal(arrays, tensors)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from kadr.diffusers.lora import refuse_options
@@ -27,7 +28,8 @@ def export_to_video(
     """Writes frames to a file, whose ending decides on the format, and returns its path.
 
     Args:
-        video_frames: Pillow images, or arrays (H, W, 3) of floats in [0, 1] or of uint8.
+        video_frames: Pillow images, arrays (H, W, 3), or tensors (3, H, W) as `output_type="pt"` returns them; floats
+            in [0, 1] or uint8.
         output_video_path: None makes a file in the folder for temporary ones.
         options: `macro_block_size` changes nothing: no frame is resized. `quality` and `bitrate` are refused.
 
@@ -85,5 +87,8 @@ def _refuse_link(path: Any) -> None:
 
 
 def _to_uint8(frame: Any) -> np.ndarray:
+    if isinstance(frame, torch.Tensor):
+        frame = frame.movedim(0, -1).cpu()
+        frame = frame.float() if frame.is_floating_point() else frame  # numpy has no bfloat16
     pixels = np.asarray(frame)
     return pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).astype(np.uint8)
