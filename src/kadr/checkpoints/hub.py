@@ -126,8 +126,9 @@ def remove_stored(paths: Sequence[Path]) -> list[Path]:
     try:
         for path in paths:
             path.unlink(missing_ok=True)
+        linked = {blob for repo_folder in {folder for folder, _ in blobs} for blob in _linked_blobs(repo_folder)}
         for repo_folder, blob in blobs:
-            if blob.is_relative_to(os.path.realpath(repo_folder)) and not _is_linked(blob, repo_folder):
+            if blob.is_relative_to(os.path.realpath(repo_folder)) and blob not in linked:
                 blob.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
@@ -140,9 +141,10 @@ def _repo_of(path: Path) -> Path:
     return next(folder for folder in path.parents if folder.name == "snapshots").parent
 
 
-def _is_linked(blob: Path, repo_folder: Path) -> bool:
+def _linked_blobs(repo_folder: Path) -> set[Path]:
+    """Returns the blobs that files of a repository link to."""
     links = (path for path in (repo_folder / "snapshots").rglob("*") if path.is_symlink())
-    return any(Path(os.path.realpath(link)) == blob for link in links)
+    return {Path(os.path.realpath(link)) for link in links}
 
 
 def _cached_commit(repo: str) -> str:

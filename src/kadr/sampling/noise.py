@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class NoiseSource(Protocol):
-    """Where a generation takes its noise from. A retried stage draws again: a name must always give the same noise."""
+    """The source of a generation's noise. A retried stage draws again: a name must always give the same noise."""
 
     def draw(self, name: str, shape: Sequence[int]) -> Tensor:
         """Returns standard normal noise of a name and a shape, on any device."""

@@ -18,41 +18,36 @@ WEBP_QUALITY = 90  # of 100
 GIF_TIME_BASE = Fraction(1, 100)
 
 
-class WebPEncoder(FrameEncoder):
-    """Encodes an animated WebP. Only the compressed frames stay in memory until it is complete."""
+class _StreamEncoder(FrameEncoder):
+    """Encodes frames in RGB, one by one, by a codec of FFmpeg into a container."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._frames_encoded = 0
         self._container: Any = None
 
-    def open(self) -> None:
-        """See `FrameEncoder.open`."""
+    def _open_stream(self, path: Path, form: str, codec: str, pix_fmt: str, options: dict[str, str]) -> None:
+        """Creates a file. form, codec, pix_fmt: FFmpeg's names; options: of the container."""
         import av
 
-        target = self.target
-        path = str(target.partial.absolute())
-        self._container = av.open(path, "w", format="webp", options={"loop": "0"})
-        self._stream = self._container.add_stream("libwebp_anim", rate=target.fps)
-        self._stream.width, self._stream.height = target.size.width, target.size.height
-        self._stream.pix_fmt = "bgra"  # libwebp converts colours by the rules of WebP
-        self._stream.codec_context.options = {"quality": str(WEBP_QUALITY)}
+        self._container = av.open(str(path.absolute()), "w", format=form, options=options)
+        self._stream = self._container.add_stream(codec, rate=self.target.fps)
+        self._stream.width, self._stream.height = self.target.size.width, self.target.size.height
+        self._stream.pix_fmt = pix_fmt
 
     def encode(self, pixels: np.ndarray) -> None:
         """See `FrameEncoder.encode`."""
         import av
 
-        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="bgra")
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=self._stream.pix_fmt)
         frame.pts, frame.time_base = self._frames_encoded, 1 / self.target.fps
         self._container.mux(self._stream.encode(frame))
         self._frames_encoded += 1
 
-    def finish(self, comment: str | None) -> None:
-        """See `FrameEncoder.finish`."""
+    def _finish_stream(self) -> None:
+        """Encodes what the codec holds back, and completes the file."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
-        if comment is not None:
-            write_comment(self.target.partial, comment)
 
     def close(self) -> None:
         """See `FrameEncoder.close`."""
@@ -62,7 +57,23 @@ class WebPEncoder(FrameEncoder):
         self.target.partial.unlink(missing_ok=True)
 
 
-class GifEncoder(FrameEncoder):
+class WebPEncoder(_StreamEncoder):
+    """Encodes an animated WebP. Only the compressed frames stay in memory until it is complete."""
+
+    def open(self) -> None:
+        """See `FrameEncoder.open`."""
+        # In RGB: libwebp converts colours by the rules of WebP.
+        self._open_stream(self.target.partial, "webp", "libwebp_anim", "bgra", {"loop": "0"})
+        self._stream.codec_context.options = {"quality": str(WEBP_QUALITY)}
+
+    def finish(self, comment: str | None) -> None:
+        """See `FrameEncoder.finish`."""
+        self._finish_stream()
+        if comment is not None:
+            write_comment(self.target.partial, comment)
+
+
+class GifEncoder(_StreamEncoder):
     """Encodes an animated GIF with the 256 colours that suit its frames best.
 
     They are known only after the last frame, so frames go to a hidden file first, without loss, and not to memory.
@@ -71,32 +82,15 @@ class GifEncoder(FrameEncoder):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._spool = target.partial.with_suffix(".frames.mkv")
-        self._frames_encoded = 0
-        self._container: Any = None
 
     def open(self) -> None:
         """See `FrameEncoder.open`."""
-        import av
-
         self.target.partial.touch()
-        self._container = av.open(str(self._spool.absolute()), "w", format="matroska")
-        self._stream = self._container.add_stream("ffv1", rate=self.target.fps)
-        self._stream.width, self._stream.height = self.target.size.width, self.target.size.height
-        self._stream.pix_fmt = "bgr0"
-
-    def encode(self, pixels: np.ndarray) -> None:
-        """See `FrameEncoder.encode`."""
-        import av
-
-        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="bgr0")
-        frame.pts, frame.time_base = self._frames_encoded, 1 / self.target.fps
-        self._container.mux(self._stream.encode(frame))
-        self._frames_encoded += 1
+        self._open_stream(self._spool, "matroska", "ffv1", "bgr0", {})
 
     def finish(self, comment: str | None) -> None:
         """See `FrameEncoder.finish`."""
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
+        self._finish_stream()
         palette = _find_palette(self._spool)
         _write_gif(self._spool, palette, self.target.partial, self.target.fps)
         if comment is not None:
@@ -105,11 +99,8 @@ class GifEncoder(FrameEncoder):
 
     def close(self) -> None:
         """See `FrameEncoder.close`."""
-        if self._container is not None:
-            with suppress(Exception):
-                self._container.close()
+        super().close()
         self._spool.unlink(missing_ok=True)
-        self.target.partial.unlink(missing_ok=True)
 
 
 def _find_palette(path: Path) -> Any:

@@ -14,6 +14,7 @@ from kadr.request.request import Request
 from kadr.request.windows import Windows
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import StepCache
+from kadr.setting_names import FLAGS_BY_FIELD
 from kadr.spec.lora import Lora
 
 PROGRAM = ("kadr", "generate")
@@ -21,24 +22,12 @@ _NUL = "\0"  # no argument can have it: the system ends every argument there
 _STDIN = "-"  # as a prompt, it reads prompts from stdin
 
 # Fields of a request -> their flags, where a value is written as it is.
-_PLAIN_FLAGS = {
-    "size": "--size",
-    "frames": "--frames",
-    "fps": "--fps",
-    "seed": "--seed",
-    "negative_prompt": "--negative-prompt",
-    "steps": "--steps",
-    "sigmas": "--sigmas",
-    "skip_initial": "--skip-initial",
-    "skip_final": "--skip-final",
-    "sampler": "--sampler",
-    "input_video": "--input-video",
-    "denoise_strength": "--denoise-strength",
-    "image_noise": "--image-noise",
-    "image_crf": "--image-crf",
-    "tone_map": "--tone-map",
-    "decode_timestep": "--decode-timestep",
-    "decode_noise": "--decode-noise",
+_PLAIN_FIELDS = (
+    *("size", "frames", "fps", "seed", "negative_prompt", "steps", "sigmas", "skip_initial", "skip_final", "sampler"),
+    *("input_video", "denoise_strength", "image_noise", "image_crf", "tone_map", "decode_timestep", "decode_noise"),
+)
+_PLAIN_FLAGS: Mapping[str, str | None] = {
+    **{name: FLAGS_BY_FIELD[name] for name in _PLAIN_FIELDS},
     "downscale_factor": None,
     "original_prompt": None,
 }
